@@ -10,12 +10,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from harness.implementations.protocols import Implementation, Model
+from harness.implementations.protocols import Capability, Implementation, Model, Unsupported
+from harness.reference import ReferenceModel
+from harness.reference import build as build_reference
+from harness.reference import weights as reference_weights
+from harness.spec import twin
 from harness.spec.architecture import Architecture
 
 
@@ -34,3 +39,147 @@ class Case:
     facts: dict[str, Any] = field(default_factory=dict)
     _digest: Any = field(default_factory=hashlib.sha256)
     _draws: int = 0
+    _vocab_size: int = 0
+
+    def generator(self) -> torch.Generator:
+        """A generator of its own for each call, fixed by seed, slug and the number of calls before."""
+        self._draws += 1
+        return _generator(self.seed, self.slug, self._draws)
+
+    def drawn(self, value: Tensor) -> Tensor:
+        """Enter `value` into the digest, and give it back."""
+        self._digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        self._digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return value
+
+    def tokens(self, batch: int, length: int) -> Tensor:
+        """Token ids [B, S] int64, uniform over the vocabulary."""
+        return self.drawn(torch.randint(self.vocab_size, (batch, length), generator=self.generator()))
+
+    def weights(self, architecture: Architecture | None = None, std: float = 0.5) -> dict[str, Tensor]:
+        """Weights by canonical name, float64 tensors that float32 holds exactly.
+
+        Fixed by seed, architecture and std alone, so that the properties of a run share a model. Do not
+        write to the tensors: put new ones into the dict, which is the caller's own.
+        """
+        drawn = _weights(architecture or self.shape, self.seed, std)
+        for name in sorted(drawn):
+            self.drawn(drawn[name])
+        return dict(drawn)
+
+    def model(
+        self,
+        architecture: Architecture | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ) -> Any:
+        """A fresh model under test, holding `weights` (by default: those of `weights()`).
+
+        A model that does not declare "weights" keeps its own. Raises Unsupported if the architecture
+        cannot be expressed, or if weights were asked for and cannot be loaded. Typed Any because a property
+        calls the Protocols of the capabilities that it declares to need.
+        """
+        architecture = architecture or self.architecture
+        model = self.implementation.build(architecture, device=device, dtype=dtype, seed=self.seed)
+        self._vocab_size = model.vocab_size
+        if architecture is not None and "weights" in model.capabilities:
+            model.load_weights(weights if weights is not None else self.weights(architecture))  # type: ignore[attr-defined]
+        elif weights is not None:
+            raise Unsupported("the model declares no capability \"weights\"")
+        return model
+
+    def reference(
+        self,
+        architecture: Architecture,
+        weights: Mapping[str, Tensor],
+        dtype: torch.dtype = torch.float64,
+    ) -> ReferenceModel:
+        """The reference with `weights`, in `dtype`, in eval mode on the CPU."""
+        model = build_reference(architecture, dtype=dtype)
+        model.load_weights(weights)
+        return model
+
+    def twin(self, **overrides: Any) -> Architecture:
+        """A shrunken twin of the full architecture with fields replaced.
+
+        Overrides are those of harness.spec.twin, or fields below with dots as double underscores:
+        moe__router__capacity_factor=0.5. Raises Unsupported where there is no architecture.
+        """
+        if self.full is None:
+            raise Unsupported("no architecture: the implementation is tested in its own shape")
+        nested = {path: value for path, value in overrides.items() if "__" in path}
+        made = twin(self.full, **{name: value for name, value in overrides.items() if name not in nested})
+        return replaced(made, nested) if nested else made
+
+    def one_layer(self, kind: Literal["full", "window"] = "full") -> Architecture:
+        """A twin of a single layer with this kind of attention, a MoE layer where there are any."""
+        data = self.shape.model_dump() | {"n_layers": 1}
+        data["attention"] |= {"pattern": (kind,)}
+        if kind == "full":
+            data["attention"]["window"] = None
+        if data["moe"] is not None:
+            data["moe"] |= {"first_dense": 0, "period": 1, "offset": 0}
+            data["ffn"] = None
+        return Architecture.model_validate(data)
+
+    @property
+    def shape(self) -> Architecture:
+        """The twin; raises Unsupported for an implementation's own shape."""
+        if self.architecture is None:
+            raise Unsupported("no architecture: the implementation is tested in its own shape")
+        return self.architecture
+
+    @property
+    def vocab_size(self) -> int:
+        """V, of the twin or of the implementation's own shape."""
+        if self.architecture is not None:
+            return self.architecture.vocab_size
+        if not self._vocab_size:
+            self.model()
+        return self._vocab_size
+
+    def note(self, key: str, value: Any) -> None:
+        """Put a measured fact beside the outcome in the run file."""
+        self.facts[key] = value
+
+    def need(self, model: Model, *capabilities: Capability) -> None:
+        """Raise Unsupported unless `model` declares all of `capabilities`."""
+        missing = [name for name in capabilities if name not in model.capabilities]
+        if missing:
+            raise Unsupported(f"the model declares no capability {', '.join(map(repr, missing))}")
+
+    @property
+    def digest(self) -> str:
+        """sha256 over dtype, shape and bytes of everything drawn so far."""
+        return str(self._digest.hexdigest())
+
+
+def replaced(architecture: Architecture, fields: Mapping[str, Any]) -> Architecture:
+    """The architecture with leaves replaced, each named by its path with "__" between the parts.
+
+    Raises pydantic.ValidationError if the result contradicts itself.
+    """
+    data = architecture.model_dump()
+    for path, value in fields.items():
+        *parents, leaf = path.split("__")
+        part = data
+        for name in parents:
+            part = part[name]
+        part[leaf] = value
+    return Architecture.model_validate(data)
+
+
+def _generator(*parts: object) -> torch.Generator:
+    """A CPU generator seeded by the sha256 of `parts`: the same in every process and on every machine."""
+    text = "|".join(map(str, parts))
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    return torch.Generator().manual_seed(seed)
+
+
+@lru_cache(maxsize=64)
+def _weights(architecture: Architecture, seed: int, std: float) -> dict[str, Tensor]:
+    generator = _generator(seed, "weights", architecture.model_dump_json(), std)
+    drawn = reference_weights.draw(architecture, generator, std=std)
+    return {name: value.float().double() for name, value in drawn.items()}

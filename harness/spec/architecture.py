@@ -6,12 +6,15 @@ business of `harness.spec.document`; theory and the reference only ever see an `
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Count = Annotated[int, Field(ge=1)]
 """A dimension or a number of things: at least one."""
+MAX_LAYERS = 10_000
+"""Layers are walked one by one: a larger number is a mistake, and would look like a hang."""
 Index = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -45,7 +48,10 @@ class RopeScaling(Model):
     """How rotary frequencies are stretched beyond the trained context.
 
     linear: positions / factor. llama3: by wavelength (Llama 3.1 model code). yarn: NTK by parts
-    (Peng et al. 2023, arXiv 2309.00071).
+    (Peng et al. 2023, arXiv 2309.00071); its factor on cos and sin is attention_factor if given, else
+    m(mscale) / m(mscale_all_dim) if both are non-zero, else m(1), with m(x) = 0.1 x ln(factor) + 1
+    (1 if factor <= 1). Under MLA with mscale_all_dim > 0 an absent attention.scale means
+    m(mscale_all_dim)^2 / sqrt(head_dim) (DeepSeek-V3 model code); one that is given is taken as it is.
     """
 
     kind: Literal["linear", "llama3", "yarn"]
@@ -56,8 +62,9 @@ class RopeScaling(Model):
     beta_fast: Positive = 32.0
     beta_slow: Positive = 1.0
     mscale: Finite = 0.0
-    """yarn as in DeepSeek: 0 means the paper's 0.1 ln(factor) + 1 on cos and sin."""
+    """yarn as in DeepSeek; 0: not given."""
     mscale_all_dim: Finite = 0.0
+    """yarn as in DeepSeek; 0: not given."""
     attention_factor: Positive | None = None
     """yarn: an explicit factor on cos and sin, in place of the one derived from mscale."""
     truncate: bool = True
@@ -100,7 +107,7 @@ class Attention(Model):
     sinks: bool = False
     """One learned logit per head that joins the softmax and takes no value (gpt-oss)."""
     scale: Positive | None = None
-    """Factor on query-key products; None: 1 / sqrt(head_dim)."""
+    """Factor on query-key products; None: 1 / sqrt(head_dim) (under MLA with yarn: see RopeScaling)."""
     window: Count | None = None
     """A token on a window layer attends to itself and the window - 1 tokens before it."""
     pattern: Annotated[tuple[Literal["full", "window"], ...], Field(strict=False)] = ("full",)
@@ -229,7 +236,7 @@ class Architecture(Model):
     """A decoder-only transformer: everything that fixes its parameters and its forward pass."""
 
     d_model: Count
-    n_layers: Count
+    n_layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
     vocab_size: Count
     max_positions: Count
     tie_embeddings: bool = False
@@ -272,3 +279,16 @@ class Architecture(Model):
     def n_moe_layers(self) -> int:
         """How many layers route to experts."""
         return sum(self.is_moe_layer(i) for i in range(self.n_layers))
+
+
+def without_none(annotation: Any) -> Any:
+    """T of `T | None`."""
+    if get_origin(annotation) in (Union, UnionType):
+        return Union[tuple(a for a in get_args(annotation) if a is not NoneType)]  # noqa: UP007 (built at run time)
+    return annotation
+
+
+def part_type(annotation: Any) -> type[BaseModel] | None:
+    """The nested model that a field's annotation names, or None if the field is a leaf."""
+    kind = without_none(annotation)
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None

@@ -2,26 +2,29 @@
 
 The architecture's leaves may be plain values or tables that say how a value is known:
 
-    n_layers = { value = 120, status = "leaked", sources = ["A", "B", "C", "D"], domain = { min = 96, max = 144, step = 12 } }
-    d_model  = { status = "unknown", domain = { min = 4096, max = 20480, step = 256 }, why = "no source gives a width" }
+    n_layers = { value = 120, status = "leaked", sources = ["A"], domain = { values = [96, 120] } }
+    d_model = { status = "unknown", domain = { min = 4096, max = 20480, step = 256 }, why = "no width given" }
+    d_ff = { status = "unknown", domain = { of = "d_model", values = [2, 4], also = [8192] }, why = "..." }
 
 A plain value is *published* (or *leaked*, ...: `default_status`). A completion assigns every unknown.
+Beside [architecture] a file holds title, [[source]] (id, title, url), [[claim]] (id, statement, quantity,
+readings = [{ value, unit, sources }], given, assumes, kind, note) and free facts in [training] and [serving].
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from harness.spec.architecture import Architecture
+from pydantic import BaseModel, ValidationError
+
+from harness.spec.architecture import Architecture, part_type
+from harness.spec.errors import SpecError, did_you_mean, dotted, sentence, wrong_and_right
 
 Status = Literal["published", "leaked", "inferred", "unknown"]
-
-
-class SpecError(ValueError):
-    """A spec, config or baseline cannot be used: one sentence with file, line and field."""
+Value = int | float | bool | str | tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,17 @@ class Domain:
     n_kv_heads of = "attention.n_heads", values = [1]). `also`: literals beside those (n_kv_heads = 1).
     """
 
-    values: tuple[int | float | bool | str, ...]
+    values: tuple[Value, ...]
     of: str | None = None
-    also: tuple[int | float | bool | str, ...] = ()
+    also: tuple[Value, ...] = ()
+
+    def given(self, base: float | None = None) -> tuple[Value, ...]:
+        """The literal values, once the leaf that `of` names is `base`; a product that is whole is an int."""
+        if self.of is None or base is None:
+            return self.values + self.also
+        products = [float(base * v) for v in self.values if isinstance(v, (int, float))]
+        scaled: list[Value] = [int(p) if p.is_integer() else p for p in products]
+        return tuple(dict.fromkeys((*scaled, *self.also)))
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,7 @@ class Leaf:
     path: str
     """Dotted: "attention.n_heads"."""
     status: Status
-    value: int | float | bool | str | None
+    value: Value | None
     """None if, and only if, the status is unknown."""
     domain: Domain | None = None
     """What it ranges over when it is unknown, or when a claim about it is left out."""
@@ -118,22 +129,77 @@ class Spec:
     @property
     def architecture(self) -> Architecture:
         """The architecture; raises SpecError naming the unknowns if there are any."""
-        raise NotImplementedError
+        return self.complete({})
 
     def complete(self, values: Mapping[str, Any]) -> Architecture:
-        """The architecture with `values` (dotted path -> value) put in, validated."""
-        raise NotImplementedError
+        """The architecture with `values` (dotted path -> value) put in, validated.
+
+        Values may also replace leaves that are not unknown. Raises SpecError.
+        """
+        missing = [leaf.path for leaf in self.unknowns if leaf.path not in values]
+        if missing:
+            line = self.leaves[missing[0]].line
+            wrong = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} unknown"
+            raise SpecError(sentence(self.path, line, "architecture", wrong, "give every unknown a value"))
+        try:
+            return Architecture.model_validate(self.filled(values))
+        except ValidationError as error:
+            raise SpecError("\n".join(self._sentences(error))) from None
 
     def vectorised(self, values: Mapping[str, Any]) -> Architecture:
         """The same unvalidated, so that values may be float64 numpy arrays that broadcast."""
-        raise NotImplementedError
+        made = _construct(Architecture, self.filled(values))
+        assert isinstance(made, Architecture)
+        return made
+
+    def filled(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The template with `values` put in; raises SpecError on a path that is no leaf."""
+        known = leaf_paths(Architecture)
+        tree = _copied(self.template)
+        for path, value in values.items():
+            if path not in known:
+                wrong, right = f'"{path}" is no leaf of the architecture', did_you_mean(path, known)
+                raise SpecError(sentence(self.path, None, "architecture", wrong, right))
+            *parents, last = path.split(".")
+            table = tree
+            for parent in parents:
+                table = table.setdefault(parent, {})
+            table[last] = value
+        return tree
+
+    def _sentences(self, error: ValidationError) -> Iterator[str]:
+        """One sentence per error of a completion, at the line of the nearest leaf in the file."""
+        for one in error.errors():
+            place = [str(part) for part in one["loc"]]
+            leaves = self.leaves.values()
+            under = [leaf.line for leaf in leaves if leaf.path.split(".")[: len(place)] == place]
+            wrong, right = wrong_and_right(one)
+            if one["type"] == "missing":
+                wrong, right = "is missing", "give it a value"
+            field = dotted(["architecture", *place])
+            yield sentence(self.path, min(under, default=None), field, wrong, right)
 
 
-def load(name_or_path: str | Path) -> Spec:
-    """Load a shipped spec by name ("mixtral-8x7b") or any file by path. Raises SpecError."""
-    raise NotImplementedError
+def leaf_paths(model: type[BaseModel], prefix: str = "") -> tuple[str, ...]:
+    """Dotted paths of every leaf of a model, in field order."""
+    paths: list[str] = []
+    for name, info in model.model_fields.items():
+        part = part_type(info.annotation)
+        paths += [prefix + name] if part is None else leaf_paths(part, f"{prefix}{name}.")
+    return tuple(paths)
 
 
-def names() -> tuple[str, ...]:
-    """Names of the shipped specs, sorted."""
-    raise NotImplementedError
+def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+
+
+def _construct(model: type[BaseModel], tree: Mapping[str, Any]) -> BaseModel:
+    """model_construct, parts included; a list becomes the tuple that validation would make of it."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        part = part_type(model.model_fields[key].annotation)
+        if part is not None:
+            values[key] = _construct(part, value)
+        else:
+            values[key] = tuple(value) if isinstance(value, list) else value
+    return model.model_construct(**values)

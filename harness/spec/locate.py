@@ -27,10 +27,10 @@ class _Scanner:
         self.tokens: list[tuple[str, int]] = []
         line = 1
         for match in _TOKEN.finditer(text):
-            token = match.group()
-            if token == "\n" or not (token.isspace() or token.startswith("#")):
-                self.tokens.append((token, line))
-            line += token.count("\n")
+            word = match.group()
+            if word == "\n" or not (word.isspace() or word.startswith("#")):
+                self.tokens.append((word, line))
+            line += word.count("\n")
         self.at = 0
 
     def peek(self) -> str:
@@ -41,8 +41,13 @@ class _Scanner:
         return self.tokens[self.at - 1]
 
     def skip(self, *tokens: str) -> None:
-        while self.peek() in tokens and self.peek():
+        """Pass over any number of these."""
+        while self.peek() in tokens:
             self.at += 1
+
+    def close(self, token: str) -> None:
+        """Pass over one of these."""
+        self.at += self.peek() == token
 
     def key(self, end: str) -> tuple[Path, int]:
         """A dotted key up to the token `end`, and its line."""
@@ -51,7 +56,7 @@ class _Scanner:
         while self.peek() and self.peek() != end:
             token, line = self.next()
             parts += [token[1:-1]] if token[0] in "\"'" else [p for p in token.split(".") if p]
-        self.skip(end)
+        self.close(end)
         return tuple(parts), line
 
     def note(self, base: Path, key: Path, line: int) -> None:
@@ -59,16 +64,16 @@ class _Scanner:
             self.lines.setdefault(base + key[:depth], line)
 
     def value(self, path: Path) -> None:
-        token, _ = self.next()
-        if token == "{":
+        opening, _ = self.next()
+        if opening == "{":
             self.skip("\n", ",")
             while self.peek() not in ("}", ""):
                 key, line = self.key("=")
                 self.note(path, key, line)
                 self.value(path + key)
                 self.skip("\n", ",")
-            self.skip("}")
-        elif token == "[":
+            self.close("}")
+        elif opening == "[":
             index = 0
             self.skip("\n", ",")
             while self.peek() not in ("]", ""):
@@ -76,7 +81,7 @@ class _Scanner:
                 self.value((*path, index))
                 index += 1
                 self.skip("\n", ",")
-            self.skip("]")
+            self.close("]")
         else:
             while self.peek() not in (",", "]", "}", "\n", ""):
                 self.at += 1
@@ -91,6 +96,7 @@ class _Scanner:
         return found
 
     def document(self) -> dict[Path, int]:
+        """Read to the end: headers and the keys below them."""
         table: Path = ()
         self.skip("\n")
         while self.peek():
@@ -110,6 +116,7 @@ class _Scanner:
         return self.lines
 
     def header(self, key: Path, line: int) -> Path:
+        """Begin the next element of an array of tables, and return its path."""
         parent = self.resolve(key[:-1])
         array: Path = (*parent, key[-1])
         self.array_tables[array] = self.array_tables.get(array, -1) + 1

@@ -9,18 +9,18 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Generic, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, create_model
 from pydantic.fields import FieldInfo
 
-from harness.spec.architecture import Architecture
+from harness.spec.architecture import Architecture, part_type, without_none
 from harness.spec.document import Status
 
 T = TypeVar("T")
 Scalar = bool | int | float | str
 Fact = Scalar | list[Scalar]
+KnownStatus = Literal["published", "leaked", "inferred"]
 
 CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -64,7 +64,7 @@ class SourceTable(Table):
 class ReadingTable(Table):
     """One value as some of the sources print it."""
 
-    value: str = Field(description="As printed: \"~1.8e12\", \"<30\", \"90-100\", \"yes\".")
+    value: str = Field(description='As printed: "~1.8e12", "<30", "90-100", "yes".')
     unit: str = ""
     sources: list[str] = Field(min_length=1, description="Ids of [[source]] tables.")
 
@@ -82,18 +82,6 @@ class ClaimTable(Table):
     note: str = ""
 
 
-def is_part(annotation: Any) -> bool:
-    """Whether an annotation is a nested model (a table) and not a leaf."""
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
-def without_none(annotation: Any) -> Any:
-    """T of `T | None`: TOML has no null, absent leaves are absent."""
-    if get_origin(annotation) in (Union, UnionType):
-        return Union[tuple(a for a in get_args(annotation) if a is not NoneType)]
-    return annotation
-
-
 def _leaf_type(field: FieldInfo) -> Any:
     annotation = without_none(field.annotation)
     return Annotated[(annotation, *field.metadata)] if field.metadata else annotation
@@ -107,8 +95,8 @@ def _table_of(model: type[BaseModel]) -> type[BaseModel]:
     """The TOML form of a part of the architecture: each leaf T becomes T | Stated[T]."""
     fields: dict[str, Any] = {}
     for name, field in model.model_fields.items():
-        part = without_none(field.annotation)
-        if is_part(part):
+        part = part_type(field.annotation)
+        if part is not None:
             kind: Any = _table_of(part)
         else:
             leaf = _leaf_type(field)
@@ -132,7 +120,7 @@ def document_model() -> type[BaseModel]:
         __doc__="A spec: one TOML file on one model.",
         name=(str, Field("", description="Default: the file's name without .toml.")),
         title=(str, ...),
-        default_status=(Literal["published", "leaked", "inferred"], "published"),
+        default_status=(KnownStatus, "published"),
         source=(list[SourceTable], []),
         architecture=(_table_of(Architecture), ...),
         training=(dict[str, Fact], {}),
@@ -148,8 +136,8 @@ def leaf_types() -> dict[str, Any]:
     def walk(model: type[BaseModel], prefix: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name, field in model.model_fields.items():
-            part = without_none(field.annotation)
-            if is_part(part):
+            part = part_type(field.annotation)
+            if part is not None:
                 found |= walk(part, f"{prefix}{name}.")
             else:
                 found[prefix + name] = _leaf_type(field)

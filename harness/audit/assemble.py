@@ -1,0 +1,224 @@
+"""From a spec to blocks of completions: which claims can be judged, over which axes, and which cannot, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+from harness.audit.axes import Axis, architecture_axes, leaf_axis, table_axis
+from harness.audit.blocks import Block, Test, evaluate, link_axis, unit_of
+from harness.audit.quantities import ARCHITECTURE, LINKS, QUANTITIES, argument
+from harness.audit.quantity import Quantity
+from harness.audit.units import COUNTED, UNITS, Unit
+from harness.spec import Claim, Reading, Spec, SpecError
+from harness.spec.errors import did_you_mean, sentence
+from harness.spec.printed import Interval, interval, is_figure
+
+_STATEMENTS = {"yes": Interval(1.0, 1.0), "no": Interval(0.0, 0.0)}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A value that some sources print for a claim; those that mean the same interval share one."""
+
+    readings: tuple[Reading, ...]
+    interval: Interval | None
+    unit: Unit
+    reason: str = ""
+    """Why it cannot be judged, if it cannot."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Who prints it."""
+        return tuple(source for reading in self.readings for source in reading.sources)
+
+    def __str__(self) -> str:
+        texts = dict.fromkeys(f"{reading.value} {reading.unit}".strip() for reading in self.readings)
+        return "; ".join(texts)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A spec laid out for judging."""
+
+    spec: Spec
+    figures: Mapping[str, tuple[Figure, ...]]
+    """By claim."""
+    unjudged: Mapping[str, str]
+    """Claim -> why no block tests it."""
+    blocks: tuple[Block, ...]
+
+
+def assemble(spec: Spec) -> Case:
+    """Lay out every claim, and evaluate every block. Raises SpecError on a claim that names things wrongly."""
+    figures = {claim.id: _figures(claim) for claim in spec.claims}
+    unjudged: dict[str, str] = {}
+    members: dict[str, list[tuple[Claim, Quantity]]] = {}
+    variables: list[Claim] = []
+    for claim in spec.claims:
+        reason = _reason(spec, claim, figures[claim.id])
+        if reason:
+            unjudged[claim.id] = reason
+        elif claim.quantity in QUANTITIES:
+            quantity = QUANTITIES[claim.quantity]
+            _check_given(spec, claim, quantity)
+            members.setdefault(quantity.block, []).append((claim, quantity))
+        else:
+            variables.append(claim)
+    stated = frozenset(
+        claim.quantity.removeprefix("architecture.") for claim in variables if claim.quantity.startswith("architecture.")
+    )
+    whole = architecture_axes(spec, stated)
+    names = {block: _axis_names(quantities, whole) for block, quantities in members.items()}
+    for claim in variables:
+        homes = [block for block, axes in names.items() if claim.quantity in axes] or [claim.quantity]
+        for block in homes:
+            names.setdefault(block, (claim.quantity,))
+            members.setdefault(block, []).append((claim, _variable(claim.quantity, block)))
+    for block, axes in names.items():
+        if block != ARCHITECTURE:
+            linked = [claim for claim in spec.claims if claim.quantity in LINKS and claim.quantity in axes]
+            members[block] += [
+                (claim, _variable(claim.quantity, block)) for claim in linked if claim.id not in unjudged
+            ]
+    return Case(spec, figures, unjudged, _evaluated(spec, figures, whole, stated, members, names))
+
+
+def _evaluated(
+    spec: Spec,
+    figures: Mapping[str, tuple[Figure, ...]],
+    whole: tuple[Axis, ...],
+    stated: frozenset[str],
+    members: Mapping[str, list[tuple[Claim, Quantity]]],
+    names: Mapping[str, tuple[str, ...]],
+) -> tuple[Block, ...]:
+    """The blocks, that of the architecture first: it computes the spans of the links that others range over."""
+    links = [link for link in LINKS if any(link in axes for block, axes in names.items() if block != ARCHITECTURE)]
+    blocks: list[Block] = []
+    spans: Mapping[str, tuple[float, float]] = {}
+    try:
+        if ARCHITECTURE in members or links:
+            tests = _tests(members.get(ARCHITECTURE, []), figures)
+            blocks.append(evaluate(ARCHITECTURE, spec, whole, tests, links))
+            spans = blocks[0].spans
+        for name, axes in names.items():
+            if name != ARCHITECTURE:
+                made = tuple(_axis(spec, axis, stated, spans, figures) for axis in axes)
+                order = tuple(sorted(made, key=len, reverse=True))
+                blocks.append(evaluate(name, spec, order, _tests(members[name], figures), ()))
+    except ValueError as error:
+        if isinstance(error, SpecError):
+            raise
+        raise SpecError(sentence(spec.path, None, "claim", str(error), "")) from None
+    return tuple(blocks)
+
+
+def _axis(
+    spec: Spec,
+    name: str,
+    stated: frozenset[str],
+    spans: Mapping[str, tuple[float, float]],
+    figures: Mapping[str, tuple[Figure, ...]],
+) -> Axis:
+    if name in LINKS:
+        claims = [claim.id for claim in spec.claims if claim.quantity == name]
+        found = [figure for claim in claims for figure in figures[claim]]
+        intervals = [f.interval for f in found if f.interval is not None and not f.reason]
+        ends = [(i.low, i.high) for i in intervals if -inf < i.low and i.high < inf]
+        return link_axis(name, spans[name], ends)
+    if name.startswith("architecture."):
+        path = name.removeprefix("architecture.")
+        return leaf_axis(spec, spec.leaves[path], stated=path in stated)
+    axis = table_axis(spec, name)
+    assert axis is not None  # _reason keeps claims without their axes out
+    return axis
+
+
+def _tests(members: Iterable[tuple[Claim, Quantity]], figures: Mapping[str, tuple[Figure, ...]]) -> list[Test]:
+    return [
+        Test(claim, figure.readings, quantity, figure.interval, figure.unit)
+        for claim, quantity in members
+        for figure in figures[claim.id]
+        if figure.interval is not None and not figure.reason
+    ]
+
+
+def _axis_names(members: Iterable[tuple[Claim, Quantity]], whole: tuple[Axis, ...]) -> tuple[str, ...]:
+    names: list[str] = []
+    for _, quantity in members:
+        if quantity.block == ARCHITECTURE:
+            return tuple(axis.name for axis in whole)
+        names += quantity.axes
+    return tuple(dict.fromkeys(names))
+
+
+def _variable(name: str, block: str) -> Quantity:
+    """An axis as a quantity: what a claim on its value is put to."""
+    short = argument(name)
+    dimension = "parameters" if name in LINKS else ""
+    return Quantity(name, dimension, block, (name,), (), (), "exact", lambda **values: values[short], short)
+
+
+def _reason(spec: Spec, claim: Claim, figures: tuple[Figure, ...]) -> str:
+    """Why a claim cannot be judged; empty if it can."""
+    name = claim.quantity
+    if not name:
+        return claim.note or "no quantity of the theory stands for it"
+    if name in QUANTITIES:
+        missing = [axis for axis in QUANTITIES[name].axes if argument(axis) not in claim.given]
+        missing = [axis for axis in missing if not _has_axis(spec, axis)]
+        if missing:
+            return f"the spec does not say what {', '.join(missing)} may be"
+    elif not name.startswith(("architecture.", "training.", "serving.")):
+        return f"theory does not know the quantity {name} yet"
+    elif not _has_axis(spec, name):
+        return f"the spec does not say what {name} may be"
+    reasons = [figure.reason for figure in figures]
+    if all(reasons):
+        return reasons[0] if reasons else "no source prints a value"
+    return ""
+
+
+def _has_axis(spec: Spec, name: str) -> bool:
+    if name == ARCHITECTURE or name in LINKS:
+        return True
+    table, _, key = name.partition(".")
+    known: Mapping[str, Any] = {"architecture": spec.leaves, "training": spec.training, "serving": spec.serving}[table]
+    return key in known
+
+
+def _check_given(spec: Spec, claim: Claim, quantity: Quantity) -> None:
+    """The claim's constants are those that the quantity takes."""
+    taken = (*quantity.given, *quantity.optional, *(argument(axis) for axis in quantity.axes), "exact")
+    for name in claim.given:
+        if name not in taken:
+            wrong = f"{name} is no constant of {quantity.name}"
+            raise SpecError(sentence(spec.path, claim.line, f"{claim.id}.given", wrong, did_you_mean(name, taken)))
+    for name in quantity.given:
+        if name not in claim.given:
+            wrong = f"{quantity.name} needs the constant {name}"
+            raise SpecError(sentence(spec.path, claim.line, f"{claim.id}.given", wrong, f"add {name} = "))
+
+
+def _figures(claim: Claim) -> tuple[Figure, ...]:
+    """The readings of a claim, those of the same interval and dimension together."""
+    grouped: dict[tuple[Any, ...], list[Reading]] = {}
+    for reading in claim.readings:
+        figure = _figure(claim, (reading,))
+        key = (figure.interval, figure.unit, figure.reason and reading.value)
+        grouped.setdefault(key, []).append(reading)
+    return tuple(_figure(claim, tuple(readings)) for readings in grouped.values())
+
+
+def _figure(claim: Claim, readings: tuple[Reading, ...]) -> Figure:
+    value, unit = readings[0].value, unit_of(readings[0])
+    if unit is None:
+        return Figure(readings, None, Unit(""), f"the unit {readings[0].unit!r} is none of {', '.join(UNITS)}")
+    if value in _STATEMENTS:
+        return Figure(readings, _STATEMENTS[value], unit)
+    if not is_figure(value):
+        return Figure(readings, None, unit, f"{value!r} is no figure")
+    exact = bool(claim.given.get("exact")) or unit.dimension in COUNTED
+    return Figure(readings, interval(value, exact=exact), unit)

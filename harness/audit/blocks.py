@@ -1,0 +1,202 @@
+"""Every claim put to every completion: which of them hold where, as bit patterns.
+
+A *test* is one figure that sources print, put to one quantity over one block of axes. At each completion the
+block has a pattern, bit i of which says whether test i holds there. What an audit needs is in the set of patterns
+that occur, which is small however many completions there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harness.audit.axes import Axis, Grid, Numbers, chunks
+from harness.audit.quantities import ARCHITECTURE, QUANTITIES, argument
+from harness.audit.quantity import Quantity, Range
+from harness.audit.units import UNITS, Unit
+from harness.spec import Architecture, Claim, Reading, Spec
+from harness.spec.printed import Interval
+
+Patterns = NDArray[np.int64]
+
+MAX_TESTS = 20
+"""Of one block: its patterns are counted in a table of 2**tests."""
+
+
+@dataclass(frozen=True)
+class Test:
+    """One figure of a claim: the readings that print it, and between which values it lies."""
+
+    claim: Claim
+    readings: tuple[Reading, ...]
+    quantity: Quantity
+    interval: Interval
+    """As printed, in the readings' own unit."""
+    unit: Unit
+
+    def range(self, values: Values) -> Range:
+        """The quantity at every completion, in its own dimension."""
+        return values.of(self.quantity, self.claim.given)
+
+    def holds(self, values: Values, unit: Unit | None = None) -> NDArray[np.bool_]:
+        """Where theory admits the figure; nowhere if its unit is of another dimension. Read in `unit` if given."""
+        unit = unit or self.unit
+        if self.quantity.dimension and unit.dimension and unit.dimension != self.quantity.dimension:
+            return np.array(False)
+        low, high = self.range(values)
+        span = self.interval
+        fits = np.array(True)
+        if span.low > -np.inf:
+            least = span.low * unit.factor
+            fits = high > least if span.low_open else high >= least
+        if span.high < np.inf:
+            most = span.high * unit.factor
+            fits = fits & (low < most if span.high_open else low <= most)
+        return fits
+
+
+class Values:
+    """Values of a block's axes at many completions, and what quantities are there (each computed once)."""
+
+    def __init__(self, spec: Spec, axes: Mapping[str, Numbers]) -> None:
+        self.spec = spec
+        self.axes = axes
+        self._known: dict[tuple[str, str], Range] = {}
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """The spec's architecture with arrays for its axes."""
+        prefix = "architecture."
+        given = {name.removeprefix(prefix): array for name, array in self.axes.items() if name.startswith(prefix)}
+        return self.spec.vectorised(given)
+
+    def of(self, quantity: Quantity, given: Mapping[str, Any]) -> Range:
+        """Bounds of a quantity under a claim's constants."""
+        key = (quantity.name, repr(sorted(given.items())))
+        if key not in self._known:
+            arguments = {argument(axis): self[axis] for axis in quantity.axes}
+            self._known[key] = quantity.range(arguments, given)
+        return self._known[key]
+
+    def __getitem__(self, axis: str) -> Any:
+        if axis == ARCHITECTURE:
+            return self.architecture
+        if axis in self.axes:
+            return self.axes[axis]
+        return self.of(QUANTITIES[axis], {}).low  # a link, in the block that computes it
+
+
+@dataclass(frozen=True)
+class Block:
+    """Completions over some axes, the tests on them, and the patterns that occur."""
+
+    name: str
+    spec: Spec = field(repr=False)
+    axes: tuple[Axis, ...]
+    tests: tuple[Test, ...]
+    patterns: Patterns
+    """Distinct, ascending."""
+    counts: Patterns
+    """Completions of each pattern."""
+    _codes: tuple[NDArray[np.uint32], ...] = field(repr=False)
+    spans: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Least and largest value of each link that this block computes."""
+
+    @property
+    def completions(self) -> int:
+        """How many there are."""
+        return int(self.counts.sum())
+
+    def select(self, wanted: Patterns, limit: int | None = None) -> tuple[Values, Patterns]:
+        """The completions of these patterns (the first `limit` of each), and the pattern of each of them."""
+        table = np.zeros(1 << (len(self.tests) + 1), dtype=np.bool_)
+        table[wanted] = True
+        found: list[dict[str, Numbers]] = []
+        patterns: list[Patterns] = []
+        left = dict.fromkeys(wanted.tolist(), limit)
+        for grid, codes in zip(chunks(self.axes), self._codes, strict=True):
+            index = np.flatnonzero(table[codes])
+            if limit is not None:
+                index = _first(index, codes, left)
+                table[[pattern for pattern, more in left.items() if more == 0]] = False
+            if len(index):
+                found.append(grid.at(index))
+                patterns.append(codes[index].astype(np.int64))
+        names = [axis.name for axis in self.axes]
+        values = {name: np.concatenate([one[name] for one in found] or [np.empty(0)]) for name in names}
+        return Values(self.spec, values), np.concatenate(patterns or [np.empty(0, dtype=np.int64)])
+
+
+def _first(index: NDArray[np.intp], codes: NDArray[np.uint32], left: dict[int, int | None]) -> NDArray[np.intp]:
+    """Of these positions, so many for each pattern as `left` still wants; counts down `left`."""
+    kept = []
+    for position in index.tolist():
+        pattern = int(codes[position])
+        more = left[pattern]
+        if more:
+            left[pattern] = more - 1
+            kept.append(position)
+    return np.array(kept, dtype=np.intp)
+
+
+def evaluate(name: str, spec: Spec, axes: tuple[Axis, ...], tests: Sequence[Test], links: Sequence[str]) -> Block:
+    """Run every test at every completion; `links` are those whose span the block is asked for.
+
+    Raises ValueError if there are more than MAX_TESTS tests, or no completion is feasible.
+    """
+    if len(tests) > MAX_TESTS:
+        raise ValueError(f"block {name!r} has {len(tests)} figures to judge; at most {MAX_TESTS} fit")
+    bad = 1 << len(tests)
+    counts = np.zeros(bad, dtype=np.int64)
+    kept: list[NDArray[np.uint32]] = []
+    spans: dict[str, tuple[float, float]] = {}
+    for grid in chunks(axes):
+        values = Values(spec, grid.values)
+        codes = _codes(grid, tests, values, bad)
+        kept.append(codes)
+        counts += np.bincount(codes, minlength=2 * bad)[:bad]
+        for link in links:
+            array = values[link]
+            least, most = spans.get(link, (np.inf, -np.inf))
+            spans[link] = (min(least, float(np.min(array))), max(most, float(np.max(array))))
+    patterns = np.flatnonzero(counts)
+    if not len(patterns):
+        raise ValueError("no completion of the unknowns makes a model; widen their domains")
+    return Block(name, spec, axes, tuple(tests), patterns, counts[patterns], tuple(kept), spans)
+
+
+def _codes(grid: Grid, tests: Sequence[Test], values: Values, bad: int) -> NDArray[np.uint32]:
+    """Patterns of a grid, flat; completions that make no model have bit `bad`, and no other."""
+    by_shape: dict[tuple[int, ...], NDArray[np.uint32]] = {}
+    for bit, test in enumerate(tests):
+        holds = np.asarray(test.holds(values))
+        part = holds.astype(np.uint32) << np.uint32(bit)
+        by_shape[holds.shape] = by_shape[holds.shape] | part if holds.shape in by_shape else part
+    total: NDArray[np.uint32] = np.zeros((), dtype=np.uint32)
+    for part in sorted(by_shape.values(), key=np.size):
+        total = total | part
+    if not grid.feasible.all():
+        total = np.where(grid.feasible, total, np.uint32(bad))
+    return np.ascontiguousarray(np.broadcast_to(total, grid.shape)).reshape(-1)
+
+
+def link_axis(name: str, span: tuple[float, float], stated: Sequence[tuple[float, float]]) -> Axis:
+    """A link as an axis: its whole span in geometric steps, and more finely through the intervals `stated`.
+
+    Each stated interval is tried at both ends, so that no bound of a claim falls between two steps.
+    """
+    low, high = span
+    if low == high:
+        return Axis(name, (low,))
+    fine = [value for ends in stated for value in np.linspace(*ends, 9).tolist()]
+    return Axis(name, tuple(sorted({*np.geomspace(low, high, 60).tolist(), *(v for v in fine if low <= v <= high)})))
+
+
+def unit_of(reading: Reading) -> Unit | None:
+    """The unit of a reading: none printed means that of the quantity; None if it is not known."""
+    return UNITS.get(reading.unit) if reading.unit else Unit("")

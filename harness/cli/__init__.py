@@ -1,0 +1,74 @@
+"""The command line: each command calls one function of a layer below, and prints what it gives.
+
+Nothing but typer is imported before a command runs, so that `--help` and what needs no torch stay quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from harness.cli import listing, measuring, running, specs, theory
+
+DEBUG = "--debug"
+USAGE, SOFTWARE, CONFIG, INTERRUPTED = 4, 70, 78, 130
+"""Usage as in pytest; a bug of the harness; an unusable spec, baseline, run file or adapter; Ctrl-C."""
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Conformance and benchmarks for mixture-of-experts language models. "
+    f"Any command takes {DEBUG}: a traceback in the place of a sentence.",
+)
+for part in (theory, specs, running, listing, measuring):
+    part.add_to(app)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit: every error that is the user's is one sentence, never a traceback."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = DEBUG in given
+    try:
+        sys.exit(_run([word for word in given if word != DEBUG] or ["--help"]))
+    except BrokenPipeError:  # the reader, for instance `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(_say("interrupted", INTERRUPTED))
+    except Exception as error:
+        message = getattr(error, "format_message", None)  # of click, which typer brings with it
+        if message is not None:
+            sys.exit(_say(message(), USAGE))
+        if debug:
+            raise
+        if isinstance(error, _users()):
+            sys.exit(_say(str(error), CONFIG))
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        sys.exit(_say(f"a bug of the harness, {what}; {DEBUG} shows the traceback", SOFTWARE))
+
+
+def _run(arguments: list[str]) -> int:
+    # typer's own Exit comes back as its code
+    code = typer.main.get_command(app).main(arguments, prog_name="moe-harness", standalone_mode=False)
+    return code if isinstance(code, int) else 0
+
+
+def _users() -> tuple[type[Exception], ...]:
+    """What a layer raises when something that it was given cannot be used."""
+    from harness.implementations.registry import AdapterError
+    from harness.results.baseline import BaselineError
+    from harness.results.runfile import RunFileError
+    from harness.spec import SpecError
+
+    return (SpecError, AdapterError, BaselineError, RunFileError)
+
+
+def _say(sentence: str, code: int) -> int:
+    sys.stdout.flush()
+    print(f"moe-harness: {sentence}", file=sys.stderr)
+    return code

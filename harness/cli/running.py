@@ -1,0 +1,66 @@
+"""check, compare, gate, report: runs, and what is made of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from harness.cli.printing import Format, FormatOption, show
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run file.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    to_pytest = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command(context_settings=to_pytest)(check)
+    for command in (compare, gate, report):
+        app.command()(command)
+
+
+def check(context: typer.Context) -> None:
+    """Put implementations under the suites: `pytest` on them, with its arguments.
+
+    --impl ADDRESS, --spec SPEC (both repeatable), --seed N, --run-file PATH, --baseline PATH,
+    --write-baseline PATH, --telemetry, --timeout-property SECONDS; and pytest's own, such as -n 2, -k NAME.
+    """
+    from harness.results.suites import run
+
+    raise typer.Exit(run(context.args))
+
+
+def compare(before: RunArgument, after: RunArgument, form: FormatOption = Format.plain) -> None:
+    """What changed from one run to another."""
+    from harness.results import tables
+    from harness.results.compare import compare as compared
+    from harness.results.runfile import read
+
+    show([tables.compared(compared(read(before), read(after)))], form)
+
+
+def gate(
+    run: RunArgument,
+    baseline: Annotated[Path | None, typer.Option(help="Known failures.")] = None,
+) -> None:
+    """Judge a run: exit 1 for a failure or a stale entry, 69 if it measured nothing.
+
+    With a baseline, the failures that it lists are expected.
+    """
+    from harness.results import baseline as baselines
+    from harness.results.gate import gate as judged
+    from harness.results.runfile import read
+
+    verdict = judged(read(run), {} if baseline is None else baselines.load(baseline))
+    typer.echo("\n".join(verdict.sentences))
+    raise typer.Exit(verdict.code)
+
+
+def report(
+    output: Annotated[Path, typer.Option(help="Folder for the tables.")] = Path("results"),
+) -> None:
+    """Audit the leak, run the suites on the reference and on transformers, write and print the tables."""
+    from harness.cli.reporting import make
+
+    raise typer.Exit(make(output))

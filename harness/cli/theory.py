@@ -1,0 +1,47 @@
+"""describe, audit, solve: what follows from a spec, without torch."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from harness.cli.printing import Format, FormatOption, show, show_json
+
+SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help="Name of a shipped spec, or a path.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    for command in (describe, audit, solve):
+        app.command()(command)
+
+
+def describe(
+    spec: SpecArgument,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of context.")] = 2048,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
+    form: FormatOption = Format.plain,
+) -> None:
+    """Parameters, FLOPs and bytes of a spec, under each counting convention."""
+    from harness.spec import load
+    from harness.theory import describe as theory
+
+    description = theory.describe(load(spec), context=context, batch=batch)
+    if json or form is Format.json:
+        show_json(description.as_dict())
+    else:
+        show(description.tables(), form)
+
+
+def audit(
+    spec: SpecArgument,
+    form: FormatOption = Format.plain,
+    explain: Annotated[str, typer.Option(metavar="CLAIM", help="One claim's derivation in numbers.")] = "",
+) -> None:
+    """Whether the claims of a spec can be true together."""
+
+
+def solve(spec: SpecArgument, form: FormatOption = Format.plain) -> None:
+    """The dimensions that agree with all claims of a spec, per assumption."""

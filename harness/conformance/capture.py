@@ -1,0 +1,202 @@
+"""What an implementation's routers did, on inputs that hide no defect, checked for shape before use.
+
+Letters: T = B * S tokens, D d_model, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.conformance import stages
+from harness.conformance.case import Case, replaced
+from harness.conformance.comparison import Ragged, ragged
+from harness.conformance.property import Violation, require
+from harness.implementations.protocols import Routing, Unsupported
+from harness.spec.architecture import Architecture, Moe
+
+FLOAT32 = torch.float32
+
+
+def is_moe(architecture: Architecture | None) -> bool:
+    """Applies to architectures with experts, and to an implementation's own shape."""
+    return architecture is None or architecture.moe is not None
+
+
+def moe_of(architecture: Architecture) -> Moe:
+    """Its experts, for properties that apply only where there are some."""
+    assert architecture.moe is not None
+    return architecture.moe
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One architecture and its weights, near the twin, that shows what the twin alone may hide."""
+
+    label: str
+    architecture: Architecture
+    weights: Mapping[str, Tensor]
+
+
+def variants(case: Case) -> Iterator[Variant]:
+    """The twin; then what a defect could be hiding behind.
+
+    The first is always there. A property passes over the others where the implementation cannot express them
+    (`capture` does).
+    """
+    twin = case.shape
+    moe = moe_of(twin)
+    plain = case.weights()
+    yield Variant("twin", twin, plain)
+    # Nearly equal scores: the sum of the selected ones is far from 1, and every expert is selected.
+    yield Variant("quiet router", twin, scaled(plain, "router.weight", 0.1))
+    if moe.router.correction_bias:
+        # All biased scores negative: an excluded expert at 0 would win.
+        yield Variant("negative correction bias", twin, shifted(plain, "correction_bias", -2.0))
+    for top_k in {1, 3} - {moe.top_k}:
+        made = case.twin(top_k=top_k)
+        yield Variant(f"top {top_k}", made, case.weights(made))
+    if not moe.router.normalise and moe.router.order == "before_topk":
+        made = replaced(twin, {"moe__router__scaling_factor": 1.7})
+    elif moe.router.order == "before_topk":
+        made = replaced(twin, {"moe__router__scaling_factor": 1.7, "moe__router__normalise": False})
+    else:
+        made = replaced(twin, {"moe__router__scaling_factor": 1.7})
+    yield Variant("scaled weights", made, case.weights(made))
+    if not moe.shared_gate:
+        shared = moe.shared or moe.expert.model_copy(update={"d_ff": 44})
+        made = replaced(twin, {"moe__shared": shared.model_dump(), "moe__shared_gate": True})
+        yield Variant("gated shared expert", made, case.weights(made))
+    for label, d_ff in (("square experts", twin.d_model), ("half-square experts", twin.d_model // 2)):
+        made = replaced(twin, {"moe__expert__d_ff": d_ff})
+        yield Variant(label, made, case.weights(made))
+
+
+def scaled(weights: Mapping[str, Tensor], ending: str, factor: float) -> dict[str, Tensor]:
+    """The weights, with those whose names end so multiplied."""
+    return {name: value * factor if name.endswith(ending) else value for name, value in weights.items()}
+
+
+def shifted(weights: Mapping[str, Tensor], ending: str, by: float) -> dict[str, Tensor]:
+    """The weights, with `by` added to those whose names end so."""
+    moved = {name: value + by if name.endswith(ending) else value for name, value in weights.items()}
+    return {name: value.float().double() for name, value in moved.items()}
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One MoE layer of one variant."""
+
+    variant: Variant
+    trace: Routing
+    real: Tensor
+    """[T] bool."""
+
+    @property
+    def moe(self) -> Moe:
+        """Its experts."""
+        return moe_of(self.variant.architecture)
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return f"{self.variant.label}, layer {self.trace.layer}"
+
+    def shown(self, stage: str) -> Tensor:
+        """What the implementation shows under `stage`, a field of Routing; Unsupported if nothing."""
+        value: Tensor | None = getattr(self.trace, stage)
+        if value is None:
+            raise Unsupported(f"the routing trace shows no {stage}")
+        return value
+
+    def logits(self) -> Tensor:
+        """[T, E]: the implementation's own, or those of its captured input."""
+        if self.trace.logits is not None:
+            return self.trace.logits
+        return stages.logits(self.variant.weights, self.trace.layer, self.shown("hidden"), FLOAT32).value
+
+    def scores(self) -> stages.Judged:
+        """[T, E]: the implementation's own with the rounding they carry, or those of its logits."""
+        judged = stages.scores(self.moe.router, self.logits(), FLOAT32)
+        if self.trace.scores is None:
+            return judged
+        return stages.Judged(self.trace.scores.double(), judged.bound)
+
+    def keys(self, scores: Tensor, logits: Tensor) -> Tensor:
+        """[T, E]: what the selection maximises."""
+        correction = self.variant.weights.get(f"layers.{self.trace.layer}.moe.router.correction_bias")
+        return stages.keys(self.moe.router, scores, logits, correction)
+
+    def combine_weights(self) -> stages.Judged:
+        """[T, K]: what they must be, given the implementation's scores and selection."""
+        return stages.combine_weights(
+            self.moe.router, self.scores(), self.logits(), self.trace.indices, FLOAT32
+        )
+
+
+def capture(case: Case, *, length: int = 13) -> Iterator[Captured]:
+    """Every MoE layer of every variant that the implementation can express, on a ragged batch."""
+    batch = ragged(case, length)
+    passed_over = []
+    for number, variant in enumerate(list(variants(case))):
+        try:
+            model = case.model(variant.architecture, variant.weights)
+        except Unsupported:
+            if number == 0:
+                raise
+            passed_over.append(variant.label)
+            continue
+        yield from captured(model, variant, batch)
+    if passed_over:
+        case.note("not_expressible", passed_over)
+
+
+def captured(model: Any, variant: Variant, batch: Ragged) -> list[Captured]:
+    """Every MoE layer of one forward pass."""
+    found = traces(model, batch.tokens, mask=batch.mask, architecture=variant.architecture)
+    return [Captured(variant, trace, batch.mask.flatten()) for trace in found]
+
+
+def traces(
+    model: Any,
+    tokens: Tensor,
+    *,
+    mask: Tensor | None = None,
+    architecture: Architecture | None = None,
+) -> list[Routing]:
+    """The routing of tokens [B, S], one trace for each MoE layer. Raises Violation on a misshapen one."""
+    with torch.no_grad():
+        found = list(model.routing(tokens, mask=mask))
+    require(bool(found), "the model declares routing and shows no MoE layer")
+    if architecture is not None:
+        expected = [i for i in range(architecture.n_layers) if architecture.is_moe_layer(i)]
+        have = [trace.layer for trace in found]
+        require(have == expected, f"routing is shown of layers {have} in place of {expected}")
+    for trace in found:
+        _check_shapes(trace, tokens.numel(), architecture)
+    return found
+
+
+def _check_shapes(trace: Routing, n_tokens: int, architecture: Architecture | None) -> None:
+    if trace.indices.dim() != 2 or trace.indices.dtype != torch.int64:
+        have = f"{trace.indices.dtype} {tuple(trace.indices.shape)}"
+        raise Violation(f"indices of layer {trace.layer} are {have} in place of int64 [T, K]", stage="select")
+    top_k = trace.indices.shape[1]
+    n_experts = next((x.shape[-1] for x in (trace.logits, trace.scores) if x is not None), None)
+    if architecture is not None:
+        moe = moe_of(architecture)
+        n_experts, top_k = moe.n_experts, moe.top_k
+    expected = {
+        "select": (trace.indices, (n_tokens, top_k)),
+        "weigh": (trace.weights, (n_tokens, top_k)),
+        "proj": (trace.logits, (n_tokens, n_experts)),
+        "score": (trace.scores, (n_tokens, n_experts)),
+    }
+    for stage, (value, shape) in expected.items():
+        if value is not None and tuple(value.shape) != shape:
+            have = tuple(value.shape)
+            raise Violation(f"{stage} of layer {trace.layer} has shape {have} in place of {shape}", stage=stage)

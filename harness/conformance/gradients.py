@@ -1,0 +1,63 @@
+"""Gradients of the language-model loss in every weight, in float64, and how far float32 may move them.
+
+Letters: B sequences, S tokens per sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from harness.conformance.case import Case
+from harness.conformance.comparison import Ragged, agree, finite, longest_product, margin, ragged
+from harness.conformance.property import Void, require
+from harness.evidence.margins import Rounding, Spread, monte_carlo
+from harness.reference import ReferenceModel
+from harness.spec.architecture import Architecture
+
+FLOAT32 = torch.float32
+
+
+def language_model_loss(logits: Tensor, batch: Ragged) -> Tensor:
+    """Mean cross-entropy of every real token given the real tokens before it."""
+    follows = batch.mask[:, 1:] & batch.mask[:, :-1]
+    return F.cross_entropy(logits[:, :-1][follows].double(), batch.tokens[:, 1:][follows])
+
+
+def expected_gradients(case: Case, reference: ReferenceModel, batch: Ragged) -> dict[str, Spread]:
+    """By canonical name, in float64, with how far float32 may move them."""
+
+    def run(err: Rounding) -> dict[str, Tensor]:
+        at = (batch.mask.cumsum(1) - 1).clamp(min=0)
+        learned = reference.architecture.positions == "learned"
+        logits = reference.forward(batch.tokens, mask=batch.mask, positions=at if learned else err(at.double()))
+        return reference.gradients(language_model_loss(logits, batch))
+
+    return monte_carlo(reference, run, dtype=FLOAT32, generator=case.generator())
+
+
+def check_gradients(
+    case: Case, architecture: Architecture, weights: Mapping[str, Tensor], label: str, *, length: int = 13
+) -> None:
+    """Raise Violation unless every weight's gradient is the reference's."""
+    model = case.model(architecture, weights)
+    for _ in range(10):
+        batch = ragged(case, length)
+        bound = margin(case, model, batch.tokens, mask=batch.mask, architecture=architecture, weights=weights)
+        if bool(bound.comparable[batch.mask].all()):
+            break
+    else:
+        raise Void("ten batches in a row have a token whose experts rounding may change")
+    expected = expected_gradients(case, case.reference(architecture, weights), batch)
+    found = model.gradients(language_model_loss(model.forward(batch.tokens, mask=batch.mask), batch))
+    missing = sorted(expected.keys() - found.keys())
+    require(not missing, f"there is no gradient of {', '.join(missing[:3])}")
+    inner = longest_product(architecture)
+    for name, spread in expected.items():
+        finite(found[name], f"{label}: gradient of {name}")
+        # Rounding errors of one matrix's gradient come from the same vectors: the widest stands for all.
+        radius = float(spread.radius(inner=inner).amax())
+        agree(found[name], spread.centre, radius, what=f"{label}: gradient of {name}")

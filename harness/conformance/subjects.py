@@ -1,0 +1,115 @@
+"""What a run puts under test: each implementation on each spec, resolved before the first property runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from harness import spec as specs
+from harness.spec.architecture import Architecture
+
+if TYPE_CHECKING:
+    from harness.conformance.case import Case
+    from harness.conformance.property import Property
+    from harness.implementations.protocols import Implementation
+
+DEFAULT_IMPLEMENTATION = "reference"
+DEFAULT_SPECS = ("mixtral-8x7b", "deepseek-v3", "gpt-oss-20b")
+"""Softmax and sigmoid routers, dense layers before MoE layers, GQA and MLA, windows, sinks and biases."""
+_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+OWN_SHAPE = "own"
+"""In the place of a spec's name: an implementation at a shape of its own choosing."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One implementation on one spec."""
+
+    address: str
+    """As given to --impl, less the user and password of a URL."""
+    implementation: Implementation
+    spec: str
+    digest: str | None
+    architecture: Architecture | None
+    """At full size; None for the implementation's own shape."""
+
+    @property
+    def id(self) -> str:
+        """As it stands in a test's brackets."""
+        return f"{self.address}-{self.spec}"
+
+
+def resolve(addresses: Sequence[str], spec_names: Sequence[str]) -> tuple[Subject, ...]:
+    """Every implementation on every spec; an address that ends in @SPEC is on that spec alone.
+
+    Without implementations: the reference. Without specs: the implementation's own shape if it builds
+    without an architecture, else DEFAULT_SPECS. Raises SpecError or AdapterError.
+    """
+    from harness.implementations.registry import resolve as implementation_at
+
+    loaded = [specs.load(name) for name in dict.fromkeys(spec_names)]
+    found: dict[str, Subject] = {}
+    for text in addresses or (DEFAULT_IMPLEMENTATION,):
+        address, only = _pair(text)
+        implementation, shown = implementation_at(address), _CREDENTIALS.sub("", address)
+        mine = [specs.load(only)] if only else loaded
+        if not mine and not implementation.needs_architecture:
+            own = Subject(shown, implementation, OWN_SHAPE, None, None)
+            found.setdefault(own.id, own)
+        elif not mine:
+            mine = [specs.load(name) for name in DEFAULT_SPECS]
+        for spec in mine:
+            one = Subject(shown, implementation, spec.name, spec.digest, spec.architecture)
+            found.setdefault(one.id, one)
+    return tuple(found.values())
+
+
+def _pair(text: str) -> tuple[str, str]:
+    """Address and spec of ADDRESS@SPEC; the @ of a URL is its own."""
+    address, at, spec = text.rpartition("@")
+    return (address, spec) if at and "://" not in text else (text, "")
+
+
+def case(subject: Subject, prop: Property, seed: int) -> Case:
+    """What the property's test function is called with."""
+    from harness.conformance.case import Case
+
+    full = subject.architecture
+    return Case(
+        implementation=subject.implementation,
+        slug=prop.slug,
+        seed=seed,
+        spec_name=subject.spec,
+        full=full,
+        architecture=None if full is None else specs.twin(full),
+    )
+
+
+def need(
+    subject: Subject, prop: Property, seed: int, declared: dict[str, frozenset[str] | BaseException]
+) -> None:
+    """Raise Unsupported unless the subject's model declares what the property needs.
+
+    `declared` remembers what is learned here, by subject: a model that cannot be built is built once, and
+    what it raised is raised again for every property.
+    """
+    import pytest
+    import torch
+
+    from harness.implementations.protocols import Unsupported
+
+    if subject.id not in declared:
+        twin = None if subject.architecture is None else specs.twin(subject.architecture)
+        try:
+            model = subject.implementation.build(twin, device="cpu", dtype=torch.float32, seed=seed)
+            declared[subject.id] = frozenset(model.capabilities)
+        except (Exception, pytest.fail.Exception) as error:  # noqa: BLE001  # it becomes the outcome
+            declared[subject.id] = error
+    capabilities = declared[subject.id]
+    if isinstance(capabilities, BaseException):
+        raise capabilities
+    missing = [name for name in prop.needs if name not in capabilities]
+    if missing:
+        raise Unsupported(f"the model declares no capability {', '.join(map(repr, missing))}")

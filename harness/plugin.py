@@ -1,0 +1,272 @@
+"""The pytest plugin: hooks only.
+
+A test function marked by `harness.conformance.conformance` becomes one test per implementation and spec,
+and each of these one record. Tests without the mark are left as they are.
+
+Records travel from where a test ran to the controlling process on the test's report, so that a plain run
+and one under pytest-xdist share every line below. Nothing here imports torch before a property is collected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from harness.results.controller import PLAN, Controller
+
+if TYPE_CHECKING:
+    from harness.conformance.case import Case
+    from harness.conformance.property import Property
+    from harness.conformance.subjects import Subject
+    from harness.results.baseline import Baseline
+    from harness.telemetry import Sampler
+
+DEFAULT_SEED = 1
+DEFAULT_TIMEOUT_S = 120.0
+CONTROLLER = "moe-harness-controller"
+EXPLICIT = ("impl", "spec", "run_file", "baseline", "write_baseline")
+"""Options that say that properties are to be run: what they name is looked up before anything else."""
+
+
+@dataclass
+class State:
+    """What the hooks of one process share."""
+
+    subjects: tuple[Subject, ...] | None = None
+    """None until they are needed: a run without properties never imports torch for them."""
+    declared: dict[str, frozenset[str] | BaseException] = field(default_factory=dict)
+    """By subject: the capabilities of its model, or why that could not be built."""
+    baseline: Baseline = field(default_factory=dict)
+    plan: dict[str, str] = field(default_factory=dict)
+    """By test id, the record of a property that has not run, as JSON text."""
+    sampler: Sampler | None = None
+    resources: ExitStack = field(default_factory=ExitStack)
+
+
+STATE = pytest.StashKey[State]()
+CASE = pytest.StashKey["Case"]()
+SPAN = pytest.StashKey[Any]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declare the options; `moe-harness check` hands the same ones to pytest."""
+    add = parser.getgroup("moe-harness", "conformance of language models").addoption
+    add(
+        "--impl",
+        action="append",
+        default=[],
+        metavar="ADDRESS",
+        help="under test: reference, mutant:NAME, transformers:NAME or package.module:factory; ADDRESS@SPEC "
+        "on that spec alone (repeatable; default: reference)",
+    )
+    add(
+        "--spec",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        help="name of a shipped spec, or a path (repeatable; default: the implementation's own shape, or "
+        "specs that cover the kinds of router and attention)",
+    )
+    add("--seed", type=int, default=DEFAULT_SEED, help="of every input (default: %(default)s)")
+    add("--run-file", type=Path, metavar="PATH", help="write the run there, JSON Lines")
+    add("--baseline", type=Path, metavar="PATH", help="known failures; new and stale ones fail the run")
+    add("--write-baseline", type=Path, metavar="PATH", help="bring this baseline up to date with the run")
+    add("--telemetry", action="store_true", help="sample power, clocks, memory and host time per property")
+    add(
+        "--timeout-property",
+        type=float,
+        default=DEFAULT_TIMEOUT_S,
+        metavar="SECONDS",
+        help="a property that takes longer has failed (default: %(default)s)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the mark, which an installed wheel has no configuration file for."""
+    config.addinivalue_line("markers", "conformance(property): a property of the implementation under test.")
+    config.stash[STATE] = State()
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Controller(config), CONTROLLER)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Refuse what cannot be used before anything runs, and start what observes the run."""
+    config = session.config
+    state = config.stash[STATE]
+    if any(config.getoption(name) for name in EXPLICIT):
+        _prepare(config, state)
+    if config.getoption("telemetry"):
+        from harness.telemetry import Sampler
+
+        state.sampler = state.resources.enter_context(Sampler())
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Say what is under test, when that was asked for."""
+    subjects = config.stash[STATE].subjects or ()
+    listed = ", ".join(subject.id for subject in subjects)
+    return [f"under test: {listed}; seed {config.getoption('seed')}"] if listed else []
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test per subject to which the property applies."""
+    prop = _property(metafunc.definition)
+    if prop is None:
+        return
+    state = metafunc.config.stash[STATE]
+    _prepare(metafunc.config, state)
+    subjects = [s for s in state.subjects or () if prop.applies(s.architecture)]
+    # pytest makes a skipped test of an empty set; None is dropped in pytest_collection_modifyitems
+    metafunc.parametrize("case", subjects or [None], ids=[s.id for s in subjects] or ["-"], indirect=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.Item]) -> None:
+    """Drop what does not apply, give each property its time limit, and put the canary first."""
+    items[:] = [item for item in items if _property(item) is None or _subject(item) is not None]
+    properties = [item for item in items if _property(item) is not None]
+    if properties:
+        canary = CanaryItem.from_parent(session, name="canary", nodeid="canary")
+        items.insert(0, canary)
+        limit = session.config.getoption("timeout_property")
+        for item in (canary, *properties):
+            item.add_marker(pytest.mark.timeout(limit, method="signal"))
+        session.config.stash[STATE].plan = {item.nodeid: _planned(item) for item in properties}
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest) -> Case:
+    """What a property sees: seeded inputs, and the model under test."""
+    from harness.conformance import subjects
+
+    prop, subject = _property(request.node), _subject(request.node)
+    if prop is None or subject is None:
+        pytest.fail("the fixture `case` is for functions marked by harness.conformance.conformance")
+    made = subjects.case(subject, prop, request.config.getoption("seed"))
+    request.node.stash[CASE] = made
+    subjects.need(subject, prop, made.seed, request.config.stash[STATE].declared)
+    return made
+
+
+class CanaryItem(pytest.Item):
+    """The property and the implementation of `harness.conformance.canary`, as a test of this run."""
+
+    caught = False
+    reason = "it did not finish"
+
+    def runtest(self) -> None:
+        """Run the canary; how it did is told by the report."""
+        from harness.conformance import canary
+
+        self.caught, self.reason = canary.run(self.config.getoption("seed"))
+
+    def reportinfo(self) -> tuple[Path, int | None, str]:
+        """Where pytest says that the test is."""
+        return Path(__file__), None, "canary"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Sample the machine while a property runs."""
+    sampler = item.config.stash[STATE].sampler
+    if sampler is None or _property(item) is None:
+        return (yield)
+    with sampler.span(item.name) as span:
+        item.stash[SPAN] = span
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Turn the ending of a property into its record."""
+    report = yield
+    ended = call.when == "call" or (call.when == "setup" and call.excinfo is not None)
+    if not ended:
+        return report
+    from harness.results import reports
+
+    if isinstance(item, CanaryItem):
+        reports.attach_canary(report, caught=item.caught, reason=item.reason)
+        return report
+    prop, subject = _property(item), _subject(item)
+    if prop is not None and subject is not None:
+        state, span = item.config.stash[STATE], item.stash.get(SPAN, None)
+        record = reports.ended(
+            reports.planned(prop, subject, item.config.getoption("seed")),
+            call.excinfo.value if call.excinfo else None,
+            case=item.stash.get(CASE, None),
+            duration_s=call.duration,
+            telemetry=span.summary if span else {},
+        )
+        short = item.config.getoption("tbstyle") == "auto"
+        reports.attach(report, record, state.baseline, short=short)
+    return report
+
+
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+    """Call each outcome by its own name: only what passed is counted as passed."""
+    if not hasattr(report, "harness_record") and not hasattr(report, "harness_canary"):
+        return None
+    from harness.results import reports
+
+    return reports.status(report)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Stop what observes the run; under pytest-xdist, tell the controlling process what was planned."""
+    state = session.config.stash[STATE]
+    state.resources.close()
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output[PLAN] = state.plan
+
+
+def _prepare(config: pytest.Config, state: State) -> None:
+    """Look up what the options name. Ends the session with exit code 78 where one cannot be used."""
+    if state.subjects is not None:
+        return
+    from harness.conformance import subjects
+    from harness.implementations.registry import AdapterError
+    from harness.results import baseline
+    from harness.results.gate import CONFIG
+    from harness.results.runfile import RunFileError
+    from harness.spec import SpecError
+
+    option = config.getoption
+    try:
+        state.subjects = subjects.resolve(option("impl"), option("spec"))
+        if option("baseline") is not None:
+            state.baseline = baseline.load(option("baseline"))
+        controller = config.pluginmanager.get_plugin(CONTROLLER)
+        if isinstance(controller, Controller):
+            controller.begin(state.subjects)
+    except (SpecError, AdapterError, baseline.BaselineError, RunFileError) as error:
+        pytest.exit(str(error), returncode=CONFIG)
+
+
+def _property(node: pytest.Item) -> Property | None:
+    mark = node.get_closest_marker("conformance")
+    return mark.args[0] if mark is not None else None
+
+
+def _planned(item: pytest.Item) -> str:
+    from harness.results import reports
+
+    prop, subject = _property(item), _subject(item)
+    assert prop is not None
+    assert subject is not None
+    return reports.planned(prop, subject, item.config.getoption("seed")).model_dump_json()
+
+
+def _subject(item: pytest.Item) -> Subject | None:
+    callspec = getattr(item, "callspec", None)
+    return callspec.params.get("case") if callspec is not None else None

@@ -1,0 +1,210 @@
+"""How fast one MoE layer is, beside plain matmuls of the same FLOPs and beside transformers, in one run.
+
+Letters: T tokens, D d_model, F d_ff, K top-k. A layer is router, K gated experts of each token, and combine:
+6 T K D F FLOPs in its experts. The floor is two plain matmuls of that many FLOPs, [T K, D] by
+[D, 2 F] and [T K, F] by [F, D], with no router, activation or movement of rows.
+
+Candidates take turns within every round, so that what disturbs the machine disturbs all of them. Time is
+CPU time of the process on one thread: it is not inflated by other processes, as wall clock is. The lower
+quartile is what ratios are taken of. The answers are checked on the same build, in the same run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median, quantiles
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from harness.reference.experts import Moe
+from harness.reference.oracle.arithmetic import Weights
+from harness.reference.oracle.moe import mixture
+from harness.reference.weights import draw_one
+from harness.spec import architecture as spec
+
+D_MODEL, D_FF, N_EXPERTS, TOP_K = 1024, 3584, 8, 2
+SPEC = spec.Moe(n_experts=N_EXPERTS, top_k=TOP_K, expert=spec.FeedForward(d_ff=D_FF))
+CHECKED = 16
+"""Tokens that are compared with the oracle."""
+TOLERANCE: Mapping[torch.dtype, float] = MappingProxyType({torch.float32: 1e-5, torch.bfloat16: 2e-2})
+"""Of |output - oracle| / |oracle|: rounding, 2^-24 or 2^-8, of each of three layers' results and, averaged out
+over 1024 and 3584 terms, inside them; with a decade of room in float32 and a factor of 5 in bfloat16."""
+FLOOR = "two plain matmuls"
+REFERENCE = "reference"
+
+Layer = Callable[[Tensor], Tensor]
+"""[T, D] -> [T, D]."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One candidate at one size."""
+
+    dtype: str
+    tokens: int
+    candidate: str
+    seconds: float
+    """Lower quartile of CPU time per call."""
+    seconds_median: float
+    ratio: float
+    """The floor's lower quartile over this one's: 1 is as fast as the matmuls alone."""
+    gflops: float
+    """1e9 FLOP per second of CPU time, matmuls of the experts alone."""
+    error: float | None
+    """|output - oracle| / |oracle| over the checked tokens; None for the floor, which is no layer."""
+
+
+def layer(
+    *,
+    tokens: Sequence[int] = (512, 4096),
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
+    rounds: int = 9,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Row]:
+    """Time every candidate at every size, `rounds` times in turn after one warm-up.
+
+    Raises ArithmeticError if the reference layer's answers are wrong: its speed would mean nothing.
+    Without transformers its candidates are absent.
+    """
+    rows: list[Row] = []
+    with one_thread(), torch.inference_mode():
+        for dtype in dtypes:
+            generator = torch.Generator().manual_seed(seed)
+            moe = _layer(dtype, generator)
+            candidates: dict[str, Layer] = {REFERENCE: _reference(moe)} | _transformers(moe)
+            for count in tokens:
+                name = str(dtype).removeprefix("torch.")
+                progress(f"{name}, {count} tokens")
+                x = torch.randn(count, D_MODEL, generator=generator, dtype=torch.float64).to(dtype)
+                errors = _errors(candidates, moe, x)
+                if errors[REFERENCE] > TOLERANCE[dtype]:
+                    raise ArithmeticError(
+                        f"the reference layer is off by {errors[REFERENCE]:.1e} in {name}; "
+                        f"at most {TOLERANCE[dtype]:.0e} is rounding"
+                    )
+                times = _times(candidates | {FLOOR: _floor(dtype, generator)}, x, rounds)
+                rows += _rows(name, count, times, errors)
+    return rows
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table."""
+    head = ["dtype", "tokens", "layer", "ratio to the floor", "ms CPU (lower quartile)", "median", "GFLOP/s", "error"]
+    body = [
+        [r.dtype, r.tokens, r.candidate, f"{r.ratio:.2f}", f"{1e3 * r.seconds:.1f}"]
+        + [f"{1e3 * r.seconds_median:.1f}", f"{r.gflops:.0f}", "" if r.error is None else f"{r.error:.1e}"]
+        for r in rows
+    ]
+    return tabulate(body, headers=head, tablefmt="github", disable_numparse=True)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread: threads that wait for each other would be counted as CPU time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _layer(dtype: torch.dtype, generator: torch.Generator) -> Moe:
+    """A layer with weights of standard deviation D^-1/2, which keep activations near 1."""
+    moe = Moe(SPEC, D_MODEL, options={"device": torch.device("cpu"), "dtype": dtype})
+    for name, tensor in moe.state_dict().items():
+        tensor.copy_(draw_one(name, tuple(tensor.shape), generator, D_MODEL**-0.5))
+    return moe.eval()
+
+
+def _reference(moe: Moe) -> Layer:
+    def run(x: Tensor) -> Tensor:
+        output: Tensor = moe(x, torch.ones(len(x), dtype=torch.bool)).output
+        return output
+
+    return run
+
+
+def _floor(dtype: torch.dtype, generator: torch.Generator) -> Layer:
+    first = torch.randn(2 * D_FF, D_MODEL, generator=generator).to(dtype)
+    second = torch.randn(D_MODEL, D_FF, generator=generator).to(dtype)
+
+    def run(x: Tensor) -> Tensor:
+        hidden = torch.nn.functional.linear(x.repeat(TOP_K, 1), first)
+        return torch.nn.functional.linear(hidden[:, :D_FF].contiguous(), second)
+
+    return run
+
+
+def _transformers(moe: Moe) -> dict[str, Layer]:
+    """Mixtral's sparse block of transformers with the same weights, in two experts backends."""
+    try:
+        from transformers.models.mixtral import modeling_mixtral as mixtral
+    except ImportError:
+        return {}
+    assert moe.experts.gate is not None
+    gate_up = torch.cat([moe.experts.gate, moe.experts.up], dim=1)
+    layers: dict[str, Layer] = {}
+    for backend in ("eager", "grouped_mm"):
+        config: Any = mixtral.MixtralConfig(
+            hidden_size=D_MODEL, intermediate_size=D_FF, num_local_experts=N_EXPERTS, num_experts_per_tok=TOP_K
+        )
+        config._experts_implementation = backend  # noqa: SLF001, transformers' own switch has no public name
+        with torch.device("meta"):
+            block: Any = mixtral.MixtralSparseMoeBlock(config)
+        state = {"gate.weight": moe.router.weight, "experts.gate_up_proj": gate_up}
+        block.load_state_dict(state | {"experts.down_proj": moe.experts.down}, assign=True)
+        layers[f"transformers, {backend}"] = _batch_of_one(block.eval())
+    return layers
+
+
+def _batch_of_one(block: Callable[[Tensor], Tensor]) -> Layer:
+    return lambda x: block(x[None])[0]
+
+
+def _errors(candidates: Mapping[str, Layer], moe: Moe, x: Tensor) -> dict[str, float]:
+    weights = Weights({f"layers.0.moe.{name}": tensor for name, tensor in moe.state_dict().items()})
+    tokens = {(0, t): x[t].double().numpy() for t in range(CHECKED)}
+    want = mixture(SPEC, 0, weights, tokens, (1, CHECKED))[1].output
+    return {
+        name: float((run(x)[:CHECKED].double() - want).norm() / want.norm()) for name, run in candidates.items()
+    }
+
+
+def _times(candidates: Mapping[str, Layer], x: Tensor, rounds: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(rounds + 1):
+        for name, run in candidates.items():
+            start = time.process_time()
+            run(x)
+            if turn:  # the first one warms up
+                times[name].append(time.process_time() - start)
+    return times
+
+
+def _rows(
+    dtype: str, tokens: int, times: Mapping[str, list[float]], errors: Mapping[str, float]
+) -> list[Row]:
+    quartile = {name: quantiles(taken, n=4)[0] for name, taken in times.items()}
+    flops = 6 * tokens * TOP_K * D_MODEL * D_FF
+    return [
+        Row(
+            dtype=dtype,
+            tokens=tokens,
+            candidate=name,
+            seconds=quartile[name],
+            seconds_median=median(taken),
+            ratio=quartile[FLOOR] / quartile[name],
+            gflops=flops / quartile[name] / 1e9,
+            error=errors.get(name),
+        )
+        for name, taken in times.items()
+    ]

@@ -1,0 +1,140 @@
+"""A property's record on its way through pytest: made where the test ran, carried by the test's report."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from harness.results import baseline as baselines
+from harness.results.baseline import Baseline
+from harness.results.record import Canary, Record, jsonable
+
+if TYPE_CHECKING:
+    from harness.conformance.case import Case
+    from harness.conformance.property import Property
+    from harness.conformance.subjects import Subject
+
+RECORD, CANARY = "harness_record", "harness_canary"
+"""Attributes of a report, JSON text; pytest-xdist carries them to the controlling process."""
+NOTHING = hashlib.sha256().hexdigest()
+"""The digest of a case that drew no input."""
+LETTERS = {"passed": ".", "failed": "F", "unsupported": "u", "expected": "x", "stale": "S", "void": "V"}
+
+
+def planned(prop: Property, subject: Subject, seed: int) -> Record:
+    """The record of a property that has not been run."""
+    return Record(
+        slug=prop.slug,
+        clause=prop.clause,
+        level=prop.level,
+        implementation=subject.address,
+        spec=subject.spec,
+        spec_digest=subject.digest,
+        seed=seed,
+        outcome="void",
+        reason="not run",
+        duration_s=0.0,
+    )
+
+
+def ended(
+    plan: Record, error: BaseException | None, case: Case | None, duration_s: float, telemetry: dict[str, Any]
+) -> Record:
+    """The record of a property that ended with `error`, or without one."""
+    from harness.conformance.verdict import verdict
+
+    ending = verdict(error)
+    facts = {**(case.facts if case is not None else {}), **ending.facts}
+    return plan.model_copy(
+        update={
+            "outcome": ending.outcome,
+            "reason": ending.reason,
+            "stage": ending.stage,
+            "input_digest": case.digest if case is not None and case.digest != NOTHING else None,
+            "facts": jsonable(facts),
+            "duration_s": duration_s,
+            "telemetry": jsonable(telemetry),
+        }
+    )
+
+
+def attach(report: pytest.TestReport, record: Record, baseline: Baseline, *, short: bool) -> None:
+    """Make a test's report say what the record says under the baseline, and carry the record.
+
+    `short`: one paragraph in the place of a traceback.
+    """
+    record = baselines.apply(record, baseline)
+    setattr(report, RECORD, record.model_dump_json())
+    report.user_properties += [
+        ("property", record.slug),
+        ("clause", record.clause),
+        ("implementation", record.implementation),
+        ("spec", record.spec),
+        ("seed", record.seed),
+        ("input_digest", record.input_digest or ""),
+        ("outcome", record.outcome),
+        *((f"fact.{name}", str(value)) for name, value in record.facts.items()),
+    ]
+    match record.outcome:
+        case "passed":
+            report.outcome, report.longrepr = "passed", None
+        case "failed" | "stale":
+            report.outcome = "failed"
+            if short or record.outcome == "stale":
+                report.longrepr = _paragraph(record)
+        case "expected":
+            report.outcome, report.longrepr = "skipped", record.reason
+            report.wasxfail = baseline[record.key].reason
+        case "unsupported" | "void":
+            path, line, _ = report.location
+            report.outcome = "skipped"
+            report.longrepr = (path, line or 0, f"{record.outcome}: {record.reason}")
+
+
+def attach_canary(report: pytest.TestReport, *, caught: bool, reason: str) -> None:
+    """Make the canary's report carry how it did."""
+    setattr(report, CANARY, Canary(caught=caught, reason=reason).model_dump_json())
+    report.outcome = "passed" if caught else "failed"
+    report.longrepr = None if caught else f"The canary was not caught: {reason}"
+
+
+def died(plan: str) -> Record:
+    """The record of a planned property whose process died while it ran."""
+    record = Record.model_validate_json(plan)
+    reason = "crashed: the process died while it ran this property"
+    return record.model_copy(update={"outcome": "failed", "reason": reason})
+
+
+def record_of(report: pytest.TestReport) -> Record | None:
+    """The record that a report carries."""
+    text = getattr(report, RECORD, None)
+    return None if text is None else Record.model_validate_json(text)
+
+
+def canary_of(report: pytest.TestReport) -> Canary | None:
+    """The canary that a report carries."""
+    text = getattr(report, CANARY, None)
+    return None if text is None else Canary.model_validate_json(text)
+
+
+def status(report: pytest.TestReport) -> tuple[str, str, str] | None:
+    """Category, letter and word of a report that carries a record or the canary."""
+    record, canary = record_of(report), canary_of(report)
+    if canary is not None:
+        return ("canary caught", "c", "CAUGHT") if canary.caught else ("failed", "C", "NOT CAUGHT")
+    if record is None:
+        return None
+    # a stale entry is listed among the failures, where it is looked for
+    category = "failed" if record.outcome == "stale" else record.outcome
+    return category, LETTERS[record.outcome], record.outcome.upper()
+
+
+def _paragraph(record: Record) -> str:
+    where = f" at the stage {record.stage}" if record.stage else ""
+    return (
+        f"{record.implementation} on {record.spec} breaks {record.slug}{where}"
+        if record.outcome == "failed"
+        else f"{record.slug} of {record.implementation} on {record.spec}"
+    ) + f":\n{record.reason}\nchecks {record.clause} ({record.level}), seed {record.seed}"

@@ -1,0 +1,138 @@
+"""Each stage of a MoE layer against float64, on the implementation's own input to that stage.
+
+The bounds are those of harness.conformance.stages: theorems about float32, not fitted tolerances.
+Letters: T tokens, D d_model, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+from harness.conformance import Case, conformance, stages
+from harness.conformance.capture import FLOAT32, capture, is_moe
+from harness.conformance.comparison import agree, same_experts
+from harness.conformance.property import Void
+
+
+@conformance(
+    "routing.projects-the-input",
+    clause="architecture.moe.router.bias",
+    needs=("routing", "weights"),
+    kills=("router-bias-dropped", "router-in-bfloat16", "router-reports-probabilities"),
+    applies=is_moe,
+)
+def test_projects_the_input(case: Case) -> None:
+    """Router logits are W x + b of the layer's input (stage proj)."""
+    for layer in capture(case):
+        judged = stages.logits(layer.variant.weights, layer.trace.layer, layer.shown("hidden"), FLOAT32)
+        what = f"{layer.where}: logits"
+        agree(layer.shown("logits"), judged.value, judged.bound, what=what, stage="proj", where=layer.real)
+
+
+@conformance(
+    "routing.scores-the-logits",
+    clause="architecture.moe.router.score",
+    needs=("routing", "weights"),
+    kills=("scores-in-bfloat16", "softmax-over-tokens", "double-softmax"),
+    applies=is_moe,
+)
+def test_scores_the_logits(case: Case) -> None:
+    """Scores are the softmax over all experts, or the sigmoid of each logit (stage score)."""
+    for layer in capture(case):
+        judged = stages.scores(layer.moe.router, layer.shown("logits"), FLOAT32)
+        what = f"{layer.where}: scores"
+        agree(layer.shown("scores"), judged.value, judged.bound, what=what, stage="score", where=layer.real)
+
+
+@conformance(
+    "routing.selects-the-best",
+    clause="architecture.moe.router",
+    needs=("routing", "weights"),
+    kills=(
+        "canary",
+        "selection-in-bfloat16",
+        "masked-groups-at-zero",
+        "group-score-max",
+        "correction-bias-ignored",
+        "selects-the-worst",
+    ),
+    applies=is_moe,
+)
+def test_selects_the_best(case: Case) -> None:
+    """The experts of a token are the K best, biased and group-limited as the spec says (stage select)."""
+    compared = total = 0
+    for layer in capture(case):
+        scores, logits = layer.scores(), layer.logits()
+        keys = layer.keys(scores.value, logits)
+        expected, gap = stages.select(layer.moe, keys)
+        # Two keys may each be off by their rounding, that of adding the correction bias included.
+        bound = scores.bound.amax(-1) + FLOAT32_EPS * keys.abs().amax(-1)
+        clear = layer.real & (gap > 2 * bound)
+        compared, total = compared + int(clear.sum()), total + int(layer.real.sum())
+        if clear.any():
+            same_experts(layer.trace.indices, expected, what=layer.where, where=clear)
+    case.note("comparable_share", round(compared / total, 4))
+    if not compared:
+        raise Void("no token's selection is clear of rounding")
+
+
+FLOAT32_EPS = 2.0**-23
+
+
+@conformance(
+    "routing.weighs-the-selected",
+    clause="architecture.moe.router.normalise",
+    needs=("routing", "weights"),
+    kills=(
+        "always-normalised",
+        "never-normalised",
+        "softmax-before-topk",
+        "correction-bias-in-weights",
+        "scaling-twice",
+        "scaling-only-if-normalised",
+        "top-1-normalised",
+    ),
+    applies=is_moe,
+)
+def test_weighs_the_selected(case: Case) -> None:
+    """Combine weights follow from the unbiased scores of the selected experts (stage weigh)."""
+    for layer in capture(case):
+        judged = layer.combine_weights()
+        what = f"{layer.where}: combine weights"
+        agree(layer.shown("weights"), judged.value, judged.bound, what=what, stage="weigh", where=layer.real)
+
+
+@conformance(
+    "routing.combines-the-experts",
+    clause="architecture.moe.expert",
+    needs=("routing", "weights"),
+    kills=(
+        "unweighted-sum",
+        "weight-on-the-input",
+        "activation-outside",
+        "gate-and-up-swapped",
+        "experts-in-string-order",
+        "transposed-if-square",
+        "shared-gate-dropped",
+        "shared-expert-reads-overwritten-input",
+        "weights-of-another-slot",
+        "rows-right-for-one-sequence",
+        "expert-bias-dropped",
+    ),
+    applies=is_moe,
+)
+def test_combines_the_experts(case: Case) -> None:
+    """The layer's output is the weighted sum of its experts, plus the shared ones (stage combine)."""
+    for layer in capture(case):
+        weights = layer.combine_weights()
+        if layer.trace.weights is not None:
+            weights = stages.Judged(layer.trace.weights.double(), weights.bound)
+        judged = stages.combine(
+            layer.variant.architecture,
+            layer.variant.weights,
+            layer.trace.layer,
+            layer.shown("hidden"),
+            layer.trace.indices,
+            weights,
+            FLOAT32,
+        )
+        what = f"{layer.where}: output"
+        agree(layer.shown("output"), judged.value, judged.bound, what=what, stage="combine", where=layer.real)
