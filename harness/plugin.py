@@ -202,12 +202,14 @@ def pytest_runtest_makereport(
         record = reports.ended(
             reports.planned(prop, subject, item.config.getoption("seed")),
             call.excinfo.value if call.excinfo else None,
+            state.baseline,
             case=item.stash.get(CASE, None),
             duration_s=call.duration,
             telemetry=span.summary if span else {},
         )
         short = item.config.getoption("tbstyle") == "auto"
         reports.attach(report, record, state.baseline, short=short)
+        item.user_properties += reports.properties(record)  # a JUnit file takes them from the test
     return report
 
 

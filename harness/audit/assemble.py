@@ -49,6 +49,12 @@ class Case:
     unjudged: Mapping[str, str]
     """Claim -> why no block tests it."""
     blocks: tuple[Block, ...]
+    foreign: tuple[tuple[str, Test], ...]
+    """Figures in a unit of another dimension than their quantity's, with the block of the quantity."""
+
+    def shown(self, test: Test) -> Figure:
+        """The figure that a test puts to its quantity."""
+        return next(figure for figure in self.figures[test.claim.id] if figure.readings == test.readings)
 
 
 def assemble(spec: Spec) -> Case:
@@ -83,7 +89,11 @@ def assemble(spec: Spec) -> Case:
             members[block] += [
                 (claim, _variable(claim.quantity, block)) for claim in linked if claim.id not in unjudged
             ]
-    return Case(spec, figures, unjudged, _evaluated(spec, figures, whole, stated, members, names))
+    tests = {block: _tests(found, figures) for block, found in members.items()}
+    foreign = tuple((block, test) for block, found in tests.items() for test in found if not test.fits)
+    fitting = {block: [test for test in found if test.fits] for block, found in tests.items()}
+    blocks = _evaluated(spec, figures, whole, stated, fitting, names)
+    return Case(spec, figures, unjudged, blocks, foreign)
 
 
 def _evaluated(
@@ -91,7 +101,7 @@ def _evaluated(
     figures: Mapping[str, tuple[Figure, ...]],
     whole: tuple[Axis, ...],
     stated: frozenset[str],
-    members: Mapping[str, list[tuple[Claim, Quantity]]],
+    tests: Mapping[str, list[Test]],
     names: Mapping[str, tuple[str, ...]],
 ) -> tuple[Block, ...]:
     """The blocks, that of the architecture first: it computes the spans of the links that others range over."""
@@ -99,15 +109,14 @@ def _evaluated(
     blocks: list[Block] = []
     spans: Mapping[str, tuple[float, float]] = {}
     try:
-        if ARCHITECTURE in members or links:
-            tests = _tests(members.get(ARCHITECTURE, []), figures)
-            blocks.append(evaluate(ARCHITECTURE, spec, whole, tests, links))
+        if ARCHITECTURE in tests or links:
+            blocks.append(evaluate(ARCHITECTURE, spec, whole, tests.get(ARCHITECTURE, []), links))
             spans = blocks[0].spans
         for name, axes in names.items():
             if name != ARCHITECTURE:
                 made = tuple(_axis(spec, axis, stated, spans, figures) for axis in axes)
                 order = tuple(sorted(made, key=len, reverse=True))
-                blocks.append(evaluate(name, spec, order, _tests(members[name], figures), ()))
+                blocks.append(evaluate(name, spec, order, tests[name], ()))
     except ValueError as error:
         if isinstance(error, SpecError):
             raise

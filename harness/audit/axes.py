@@ -44,6 +44,8 @@ class Grid:
 
     def at(self, index: NDArray[np.intp]) -> dict[str, Numbers]:
         """The values at flat positions: one array of len(index) for each axis."""
+        if not self.shape:  # no axes: one completion, with nothing to say about it
+            return {}
         where = np.unravel_index(index, self.shape)
         return {name: np.broadcast_to(array, self.shape)[where] for name, array in self.values.items()}
 
@@ -126,7 +128,7 @@ def chunks(axes: Sequence[Axis]) -> Iterable[Grid]:
     size = 1
     for axis in rest:
         size *= len(axis)
-    step = max(1, 100_000 // size)
+    step = max(1, 200_000 // size)
     for start in range(0, len(first), step):
         yield _grid([Axis(first.name, first.values[start : start + step]), *rest])
 

@@ -23,6 +23,7 @@ from harness.spec import Architecture, Claim, Reading, Spec
 from harness.spec.printed import Interval
 
 Patterns = NDArray[np.int64]
+Codes = NDArray[np.uint16] | NDArray[np.uint32]
 
 MAX_TESTS = 20
 """Of one block: its patterns are counted in a table of 2**tests."""
@@ -43,11 +44,14 @@ class Test:
         """The quantity at every completion, in its own dimension."""
         return values.of(self.quantity, self.claim.given)
 
+    @property
+    def fits(self) -> bool:
+        """Whether the figure is of the quantity's dimension: a rate is no amount."""
+        return self.quantity.dimension in ("", self.unit.dimension) or not self.unit.dimension
+
     def holds(self, values: Values, unit: Unit | None = None) -> NDArray[np.bool_]:
-        """Where theory admits the figure; nowhere if its unit is of another dimension. Read in `unit` if given."""
+        """Where theory admits the figure, read in its own unit or in another one of the quantity's dimension."""
         unit = unit or self.unit
-        if self.quantity.dimension and unit.dimension and unit.dimension != self.quantity.dimension:
-            return np.array(False)
         low, high = self.range(values)
         span = self.interval
         fits = np.array(True)
@@ -103,7 +107,7 @@ class Block:
     """Distinct, ascending."""
     counts: Patterns
     """Completions of each pattern."""
-    _codes: tuple[NDArray[np.uint32], ...] = field(repr=False)
+    _slices: tuple[tuple[Grid, Codes], ...] = field(repr=False)
     spans: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Least and largest value of each link that this block computes."""
 
@@ -112,36 +116,37 @@ class Block:
         """How many there are."""
         return int(self.counts.sum())
 
-    def select(self, wanted: Patterns, limit: int | None = None) -> tuple[Values, Patterns]:
-        """The completions of these patterns (the first `limit` of each), and the pattern of each of them."""
-        table = np.zeros(1 << (len(self.tests) + 1), dtype=np.bool_)
-        table[wanted] = True
+    def select(self, wanted: Patterns) -> tuple[Values, Patterns]:
+        """All completions of these patterns, and the pattern of each of them."""
+        table = self._table(wanted)
         found: list[dict[str, Numbers]] = []
         patterns: list[Patterns] = []
-        left = dict.fromkeys(wanted.tolist(), limit)
-        for grid, codes in zip(chunks(self.axes), self._codes, strict=True):
+        for grid, codes in self._slices:
             index = np.flatnonzero(table[codes])
-            if limit is not None:
-                index = _first(index, codes, left)
-                table[[pattern for pattern, more in left.items() if more == 0]] = False
-            if len(index):
-                found.append(grid.at(index))
-                patterns.append(codes[index].astype(np.int64))
-        names = [axis.name for axis in self.axes]
-        values = {name: np.concatenate([one[name] for one in found] or [np.empty(0)]) for name in names}
-        return Values(self.spec, values), np.concatenate(patterns or [np.empty(0, dtype=np.int64)])
+            found.append(grid.at(index))
+            patterns.append(codes[index].astype(np.int64))
+        values = {axis.name: np.concatenate([one[axis.name] for one in found]) for axis in self.axes}
+        return Values(self.spec, values), np.concatenate(patterns)
 
+    def witnesses(self, wanted: Patterns) -> dict[int, dict[str, float]]:
+        """The first completion of each of these patterns: the values of its axes."""
+        table = self._table(wanted)
+        found: dict[int, dict[str, float]] = {}
+        for grid, codes in self._slices:
+            index = np.flatnonzero(table[codes])
+            if not len(index):
+                continue
+            patterns, first = np.unique(codes[index], return_index=True)
+            values = grid.at(index[first])
+            for place, pattern in enumerate(patterns.tolist()):
+                found[pattern] = {name: float(array[place]) for name, array in values.items()}
+            table[patterns] = False
+        return found
 
-def _first(index: NDArray[np.intp], codes: NDArray[np.uint32], left: dict[int, int | None]) -> NDArray[np.intp]:
-    """Of these positions, so many for each pattern as `left` still wants; counts down `left`."""
-    kept = []
-    for position in index.tolist():
-        pattern = int(codes[position])
-        more = left[pattern]
-        if more:
-            left[pattern] = more - 1
-            kept.append(position)
-    return np.array(kept, dtype=np.intp)
+    def _table(self, wanted: Patterns) -> NDArray[np.bool_]:
+        table = np.zeros(1 << (len(self.tests) + 1), dtype=np.bool_)
+        table[wanted] = True
+        return table
 
 
 def evaluate(name: str, spec: Spec, axes: tuple[Axis, ...], tests: Sequence[Test], links: Sequence[str]) -> Block:
@@ -153,12 +158,12 @@ def evaluate(name: str, spec: Spec, axes: tuple[Axis, ...], tests: Sequence[Test
         raise ValueError(f"block {name!r} has {len(tests)} figures to judge; at most {MAX_TESTS} fit")
     bad = 1 << len(tests)
     counts = np.zeros(bad, dtype=np.int64)
-    kept: list[NDArray[np.uint32]] = []
+    kept: list[tuple[Grid, Codes]] = []
     spans: dict[str, tuple[float, float]] = {}
     for grid in chunks(axes):
         values = Values(spec, grid.values)
         codes = _codes(grid, tests, values, bad)
-        kept.append(codes)
+        kept.append((grid, codes))
         counts += np.bincount(codes, minlength=2 * bad)[:bad]
         for link in links:
             array = values[link]
@@ -170,18 +175,19 @@ def evaluate(name: str, spec: Spec, axes: tuple[Axis, ...], tests: Sequence[Test
     return Block(name, spec, axes, tuple(tests), patterns, counts[patterns], tuple(kept), spans)
 
 
-def _codes(grid: Grid, tests: Sequence[Test], values: Values, bad: int) -> NDArray[np.uint32]:
+def _codes(grid: Grid, tests: Sequence[Test], values: Values, bad: int) -> Codes:
     """Patterns of a grid, flat; completions that make no model have bit `bad`, and no other."""
-    by_shape: dict[tuple[int, ...], NDArray[np.uint32]] = {}
+    kind = np.uint16 if bad < 1 << 16 else np.uint32
+    by_shape: dict[tuple[int, ...], Codes] = {}
     for bit, test in enumerate(tests):
         holds = np.asarray(test.holds(values))
-        part = holds.astype(np.uint32) << np.uint32(bit)
+        part = holds.astype(kind) << kind(bit)
         by_shape[holds.shape] = by_shape[holds.shape] | part if holds.shape in by_shape else part
-    total: NDArray[np.uint32] = np.zeros((), dtype=np.uint32)
+    total: Codes = np.zeros((), dtype=kind)
     for part in sorted(by_shape.values(), key=np.size):
         total = total | part
     if not grid.feasible.all():
-        total = np.where(grid.feasible, total, np.uint32(bad))
+        total = np.where(grid.feasible, total, kind(bad))
     return np.ascontiguousarray(np.broadcast_to(total, grid.shape)).reshape(-1)
 
 

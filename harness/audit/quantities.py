@@ -93,11 +93,6 @@ def _growth(total: Numbers, baseline: float) -> Any:
     return total / baseline
 
 
-@quantity("parameters.active_growth", "x", ARCHITECTURE, "active / baseline", "parameters.active")
-def _active_growth(active: Numbers, baseline: float) -> Any:
-    return active / baseline
-
-
 @quantity("parameters.expert", "parameters", ARCHITECTURE,
           "n_moe_layers * (2 + gated) * d_model * d_ff + expert_biases", ARCHITECTURE)  # fmt: skip
 def _expert(architecture: Architecture) -> Any:
@@ -306,13 +301,18 @@ def _serving_weights(
 # What serving costs, and what bandwidth allows ------------------------------------------------------------------
 
 
+@quantity("parameters.active_growth", "x", "davinci", "active / baseline", "parameters.active")
+def _active_growth(active: Numbers, baseline: float) -> Any:
+    return active / baseline
+
+
 @quantity(
     "serving.cost_per_1k_tokens",
     "USD",
     "serving cost",
     "gpus * gpu_hour_usd / 3600 * 1000 * 2 * active / (gpus * peak_flops)",
     "parameters.active",
-    "serving.gpu_hour_usd",
+    "training.gpu_hour_usd",
     side="least",
 )
 def _serving_cost(active: Numbers, gpu_hour_usd: Any, gpus: float, peak_flops: float) -> Any:

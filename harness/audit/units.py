@@ -54,17 +54,20 @@ _EXCHANGED: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def slips(printed: str, dimension: str) -> tuple[tuple[str, Unit], ...]:
-    """Units of `dimension` that a writer may have meant in place of the `printed` one, with their names.
+def slips(printed: str, dimension: str, exact: bool) -> tuple[tuple[str, Unit], ...]:
+    """What a writer may have meant in place of the `printed` unit: how to read it, and the unit of `dimension`.
 
-    Within FLOP, bytes and money these are the units in use; elsewhere a thousand times more or less.
+    Within FLOP, bytes, money and ratios these are the units in use; elsewhere a factor of a thousand, if theory
+    is exact: a mere bound admits whatever lies far enough on its one side.
     """
-    unit = UNITS[printed]
+    unit = UNITS[printed] if printed else Unit(dimension)
     names = _EXCHANGED.get(unit.dimension)
+    if names is None and not exact:
+        return ()
     if names is None:
-        return tuple(
-            (f"{label} {printed}", Unit(dimension, unit.factor * factor))
-            for label, factor in (("thousand", 1e3), ("thousandths of", 1e-3))
+        return (
+            ("a thousand times larger", Unit(dimension, unit.factor * 1e3)),
+            ("a thousand times smaller", Unit(dimension, unit.factor / 1e3)),
         )
     meant = [(name, UNITS[name]) for name in names if UNITS[name].dimension == dimension]
-    return tuple((name, one) for name, one in meant if one != unit)
+    return tuple((f"as {name}", one) for name, one in meant if one != unit)

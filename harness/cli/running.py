@@ -53,7 +53,7 @@ def gate(
     from harness.results.runfile import read
 
     verdict = judged(read(run), {} if baseline is None else baselines.load(baseline))
-    typer.echo("\n".join(verdict.sentences))
+    typer.echo("\n".join((verdict.headline, *verdict.details)))
     raise typer.Exit(verdict.code)
 
 

@@ -37,11 +37,38 @@ def describe(
 
 def audit(
     spec: SpecArgument,
-    form: FormatOption = Format.plain,
     explain: Annotated[str, typer.Option(metavar="CLAIM", help="One claim's derivation in numbers.")] = "",
+    form: FormatOption = Format.plain,
 ) -> None:
     """Whether the claims of a spec can be true together."""
+    from harness import audit as audits
+    from harness.spec import load
+
+    document = load(spec)
+    if explain:
+        typer.echo(audits.explain(document, explain))
+        return
+    found = audits.audit(document)
+    if form is Format.json:
+        show_json(found.as_dict())
+    else:
+        show(found.tables(), form)
 
 
-def solve(spec: SpecArgument, form: FormatOption = Format.plain) -> None:
-    """The dimensions that agree with all claims of a spec, per assumption."""
+def solve(
+    spec: SpecArgument,
+    keep: Annotated[
+        list[str] | None, typer.Option(metavar="CLAIM", help="A claim that has to hold (repeatable).")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Completions to list.")] = 40,
+    form: FormatOption = Format.plain,
+) -> None:
+    """The dimensions that agree with as many claims of a spec as can hold together."""
+    from harness import audit as audits
+    from harness.spec import load
+
+    found = audits.solve(load(spec), limit=limit, keep=keep or ())
+    if form is Format.json:
+        show_json(found.as_dict())
+    else:
+        show(found.tables(), form)

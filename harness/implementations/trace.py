@@ -91,6 +91,7 @@ def _watched(root: nn.Module, where: Iterable[Site]) -> Iterator[Mapping[str, _S
     handles = []
 
     def watch(site: Site) -> None:
+        """Hang the hooks of one site."""
         here = seen[site.router] = _Seen()
 
         def router(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median, quantiles
 from types import MappingProxyType
 from typing import Any
@@ -38,6 +39,8 @@ TOLERANCE: Mapping[torch.dtype, float] = MappingProxyType({torch.float32: 1e-5, 
 over 1024 and 3584 terms, inside them; with a decade of room in float32 and a factor of 5 in bfloat16."""
 FLOOR = "two plain matmuls"
 REFERENCE = "reference"
+
+COLUMNS = ("dtype", "tokens", "layer", "ratio to the floor", "ms CPU", "median", "GFLOP/s", "error")
 
 Layer = Callable[[Tensor], Tensor]
 """[T, D] -> [T, D]."""
@@ -65,7 +68,7 @@ def layer(
     *,
     tokens: Sequence[int] = (512, 4096),
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
-    rounds: int = 9,
+    rounds: int = 7,
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
@@ -90,20 +93,38 @@ def layer(
                         f"the reference layer is off by {errors[REFERENCE]:.1e} in {name}; "
                         f"at most {TOLERANCE[dtype]:.0e} is rounding"
                     )
-                times = _times(candidates | {FLOOR: _floor(dtype, generator)}, x, rounds)
+                times = _times(candidates | {FLOOR: _floor(count, dtype, generator)}, x, rounds)
                 rows += _rows(name, count, times, errors)
     return rows
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table."""
-    head = ["dtype", "tokens", "layer", "ratio to the floor", "ms CPU (lower quartile)", "median", "GFLOP/s", "error"]
-    body = [
-        [r.dtype, r.tokens, r.candidate, f"{r.ratio:.2f}", f"{1e3 * r.seconds:.1f}"]
-        + [f"{1e3 * r.seconds_median:.1f}", f"{r.gflops:.0f}", "" if r.error is None else f"{r.error:.1e}"]
-        for r in rows
-    ]
-    return tabulate(body, headers=head, tablefmt="github", disable_numparse=True)
+def cells(row: Row) -> tuple[object, ...]:
+    """The row as printed, in the order of COLUMNS."""
+    error = "" if row.error is None else f"{row.error:.1e}"
+    times = (f"{1e3 * row.seconds:.1f}", f"{1e3 * row.seconds_median:.1f}")
+    return row.dtype, row.tokens, row.candidate, f"{row.ratio:.2f}", *times, f"{row.gflops:.0f}", error
+
+
+def document(rows: Sequence[Row], machine: str) -> str:
+    """The Markdown of `results/benchmark_layer.md`; `machine` says in words what it ran on."""
+    table = tabulate(map(cells, rows), headers=COLUMNS, tablefmt="github", disable_numparse=True)
+    return f"""# Speed of one MoE layer
+
+d_model {D_MODEL}, d_ff {D_FF}, {N_EXPERTS} experts, top-{TOP_K}, router and combine included, forward, one thread.
+{machine}
+
+{table}
+
+Ratio: CPU time of two plain matmuls of the experts' FLOPs, into memory that is there already, over that of
+the layer; 1 is as fast as the matmuls alone. Times are the lower quartile and the median per call, of
+candidates that took turns in one run. Error: |output - oracle| / |oracle| over the first {CHECKED} tokens, with
+the same weights. Written by `moe-harness bench layer`; the figures are those of one run on one machine.
+"""
+
+
+def write(path: Path, rows: Sequence[Row], machine: str) -> None:
+    """Write `document` to `path`."""
+    path.write_text(document(rows, machine), encoding="utf-8")
 
 
 @contextmanager
@@ -133,13 +154,16 @@ def _reference(moe: Moe) -> Layer:
     return run
 
 
-def _floor(dtype: torch.dtype, generator: torch.Generator) -> Layer:
-    first = torch.randn(2 * D_FF, D_MODEL, generator=generator).to(dtype)
-    second = torch.randn(D_MODEL, D_FF, generator=generator).to(dtype)
+def _floor(tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Layer:
+    """Both matmuls, on operands and into memory that are there already; its argument is not looked at."""
+    rows = tokens * TOP_K
+    shapes = ((rows, D_MODEL), (D_MODEL, 2 * D_FF), (rows, D_FF), (D_FF, D_MODEL))
+    x, up, hidden, down = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    wide, narrow = torch.empty(rows, 2 * D_FF, dtype=dtype), torch.empty(rows, D_MODEL, dtype=dtype)
 
-    def run(x: Tensor) -> Tensor:
-        hidden = torch.nn.functional.linear(x.repeat(TOP_K, 1), first)
-        return torch.nn.functional.linear(hidden[:, :D_FF].contiguous(), second)
+    def run(_: Tensor) -> Tensor:
+        torch.mm(x, up, out=wide)
+        return torch.mm(hidden, down, out=narrow)
 
     return run
 
@@ -147,19 +171,23 @@ def _floor(dtype: torch.dtype, generator: torch.Generator) -> Layer:
 def _transformers(moe: Moe) -> dict[str, Layer]:
     """Mixtral's sparse block of transformers with the same weights, in two experts backends."""
     try:
-        from transformers.models.mixtral import modeling_mixtral as mixtral
+        from transformers import MixtralConfig
+        from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
     except ImportError:
         return {}
     assert moe.experts.gate is not None
     gate_up = torch.cat([moe.experts.gate, moe.experts.up], dim=1)
     layers: dict[str, Layer] = {}
     for backend in ("eager", "grouped_mm"):
-        config: Any = mixtral.MixtralConfig(
-            hidden_size=D_MODEL, intermediate_size=D_FF, num_local_experts=N_EXPERTS, num_experts_per_tok=TOP_K
+        config: Any = MixtralConfig(
+            hidden_size=D_MODEL,
+            intermediate_size=D_FF,
+            num_local_experts=N_EXPERTS,
+            num_experts_per_tok=TOP_K,
         )
         config._experts_implementation = backend  # noqa: SLF001, transformers' own switch has no public name
         with torch.device("meta"):
-            block: Any = mixtral.MixtralSparseMoeBlock(config)
+            block: Any = MixtralSparseMoeBlock(config)
         state = {"gate.weight": moe.router.weight, "experts.gate_up_proj": gate_up}
         block.load_state_dict(state | {"experts.down_proj": moe.experts.down}, assign=True)
         layers[f"transformers, {backend}"] = _batch_of_one(block.eval())
@@ -175,7 +203,8 @@ def _errors(candidates: Mapping[str, Layer], moe: Moe, x: Tensor) -> dict[str, f
     tokens = {(0, t): x[t].double().numpy() for t in range(CHECKED)}
     want = mixture(SPEC, 0, weights, tokens, (1, CHECKED))[1].output
     return {
-        name: float((run(x)[:CHECKED].double() - want).norm() / want.norm()) for name, run in candidates.items()
+        name: float((run(x)[:CHECKED].double() - want).norm() / want.norm())
+        for name, run in candidates.items()
     }
 
 

@@ -16,6 +16,9 @@ from harness.reference.router import Router
 from harness.reference.trace import RoutingTrace
 from harness.spec import architecture as spec
 
+BLOCK = 256
+"""Tokens that are combined at a time: their widened copies stay in cache, and allocate no new pages."""
+
 
 @dataclass(frozen=True)
 class Dispatch:
@@ -78,7 +81,9 @@ class Experts(nn.Module):
         """
         slots = outputs.index_select(0, plan.place).view(*weights.shape, -1)
         dtype = torch.promote_types(at_least_float32(outputs.dtype), weights.dtype)
-        return (slots.to(dtype) * weights[..., None]).sum(1).to(outputs.dtype)
+        blocks = zip(torch.split(slots, BLOCK), torch.split(weights, BLOCK), strict=True)
+        sums = [(slot.to(dtype) * weight[..., None]).sum(1).to(outputs.dtype) for slot, weight in blocks]
+        return torch.cat(sums)
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """Tokens x [T, D] through experts indices [T, K] (-1: none), combined by weights [T, K] -> [T, D]."""

@@ -107,9 +107,7 @@ class Controller:
         if self._verdict is None:
             terminalreporter.write_line("The run did not end of its own accord: this is not a result.")
         else:
-            for sentence in self._verdict.sentences:
-                terminalreporter.write_line(sentence)
-            terminalreporter.write_line(f"exit code {self._verdict.code}")
+            terminalreporter.write_line(f"{self._verdict.headline} (exit code {self._verdict.code})")
 
     def _add(self, record: Record) -> None:
         self._records.append(record)
@@ -128,8 +126,8 @@ class Controller:
             try:
                 added, removed = baseline.write(path, self._records)
             except baseline.BaselineError as error:
-                return Verdict(CONFIG, (str(error),))
-            verdict = Verdict(OK, (f"wrote {path}: {added} added, {removed} removed",))
+                return Verdict(CONFIG, str(error))
+            verdict = Verdict(OK, f"wrote {path}: {added} added, {removed} removed")
         if others_failed and verdict.code == OK:
-            return Verdict(FAILED, (*verdict.sentences, "tests that are no properties failed"))
+            return Verdict(FAILED, f"{verdict.headline}, but tests that are no properties failed")
         return verdict

@@ -40,14 +40,20 @@ def planned(prop: Property, subject: Subject, seed: int) -> Record:
 
 
 def ended(
-    plan: Record, error: BaseException | None, case: Case | None, duration_s: float, telemetry: dict[str, Any]
+    plan: Record,
+    error: BaseException | None,
+    baseline: Baseline,
+    *,
+    case: Case | None,
+    duration_s: float,
+    telemetry: dict[str, Any],
 ) -> Record:
-    """The record of a property that ended with `error`, or without one."""
+    """The record of a property that ended with `error`, or without one, under the baseline."""
     from harness.conformance.verdict import verdict
 
     ending = verdict(error)
     facts = {**(case.facts if case is not None else {}), **ending.facts}
-    return plan.model_copy(
+    record = plan.model_copy(
         update={
             "outcome": ending.outcome,
             "reason": ending.reason,
@@ -58,25 +64,15 @@ def ended(
             "telemetry": jsonable(telemetry),
         }
     )
+    return baselines.apply(record, baseline)
 
 
 def attach(report: pytest.TestReport, record: Record, baseline: Baseline, *, short: bool) -> None:
-    """Make a test's report say what the record says under the baseline, and carry the record.
+    """Make a test's report say what the record says, and carry it.
 
     `short`: one paragraph in the place of a traceback.
     """
-    record = baselines.apply(record, baseline)
     setattr(report, RECORD, record.model_dump_json())
-    report.user_properties += [
-        ("property", record.slug),
-        ("clause", record.clause),
-        ("implementation", record.implementation),
-        ("spec", record.spec),
-        ("seed", record.seed),
-        ("input_digest", record.input_digest or ""),
-        ("outcome", record.outcome),
-        *((f"fact.{name}", str(value)) for name, value in record.facts.items()),
-    ]
     match record.outcome:
         case "passed":
             report.outcome, report.longrepr = "passed", None
@@ -91,6 +87,20 @@ def attach(report: pytest.TestReport, record: Record, baseline: Baseline, *, sho
             path, line, _ = report.location
             report.outcome = "skipped"
             report.longrepr = (path, line or 0, f"{record.outcome}: {record.reason}")
+
+
+def properties(record: Record) -> list[tuple[str, object]]:
+    """What a JUnit file tells about the test."""
+    return [
+        ("property", record.slug),
+        ("clause", record.clause),
+        ("implementation", record.implementation),
+        ("spec", record.spec),
+        ("seed", record.seed),
+        ("input_digest", record.input_digest or ""),
+        ("outcome", record.outcome),
+        *((f"fact.{name}", str(value)) for name, value in record.facts.items()),
+    ]
 
 
 def attach_canary(report: pytest.TestReport, *, caught: bool, reason: str) -> None:

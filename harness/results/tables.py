@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from harness.theory.describe import Table
 
 Format = Literal["plain", "markdown"]
 NOT_RUN = ""
+_NUMBER = re.compile(r"-?[\d,]*\.?\d+(e[+-]?\d+)?")
 
 
 def render(table: Table, form: Format = "plain") -> str:
@@ -71,7 +73,7 @@ def compared(comparison: Comparison) -> Table:
 
 
 def _numeric(column: Sequence[object]) -> bool:
-    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in column)
+    return all(_NUMBER.fullmatch(_cell(value)) for value in column)
 
 
 def _cell(value: object) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from harness.spec.architecture import Architecture
 from harness.spec.document import Source
-from harness.spec.errors import SpecError, did_you_mean, sentence, show, wrong_and_right
+from harness.spec.errors import SpecError, sentence, show, wrong_and_right
 from harness.spec.families import FAMILIES
 from harness.spec.families.fields import ConfigError, Fields
 from harness.spec.families.parts import IGNORED, LEFT_OUT, ONLY, Family
@@ -138,10 +138,15 @@ def _family(config: Mapping[str, Any]) -> Family:
     if model_type not in FAMILIES:
         # Another number is another model: deepseek_v32 is no misspelt deepseek_v3.
         likely = [known for known in FAMILIES if _digits(known) == _digits(model_type)]
-        near = difflib.get_close_matches(model_type, likely, n=1, cutoff=0.85)
-        right = f'did you mean "{near[0]}"?' if near else f"known are {', '.join(sorted(FAMILIES))}"
+        right = _near(model_type, likely) or f"known are {', '.join(sorted(FAMILIES))}"
         raise ConfigError("model_type", f"unknown family {show(model_type)}", right)
     return FAMILIES[model_type]
+
+
+def _near(word: str, known: Collection[str]) -> str:
+    """'did you mean "x"?', or nothing; stricter than for a spec, since most unknown keys are no slips."""
+    near = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.85)
+    return f'did you mean "{near[0]}"?' if near else ""
 
 
 def _digits(model_type: str) -> str:
@@ -155,7 +160,9 @@ def _built(family: Family, config: Mapping[str, Any]) -> Imported:
     _check_head(f)
     if f.given.get("auto_map") is not None and not family.ships_code:
         raise f.refuse(
-            "auto_map", "code of its own decides what the model computes", "a known family needs none"
+            "auto_map",
+            "code of its own decides what the model computes",
+            "remove it, if it is transformers' own code",
         )
     for key, (allowed, why) in only.items():
         f.only(key, allowed, why)
@@ -166,14 +173,13 @@ def _built(family: Family, config: Mapping[str, Any]) -> Imported:
         raise ConfigError("model_type", f"the sizes do not fit together: {wrong}", right) from None
     left_out = {**LEFT_OUT, **family.left_out}
     for key in f.leftovers({*IGNORED, *family.ignored, *left_out}):
-        known = sorted((f.read | set(family.aliases)) - set(f.given))
-        raise ConfigError(
-            key, f"the import of {family.model_type} knows no such key", did_you_mean(key, known)
-        )
-    hidden = {*ONLY, *family.only, *family.extra, "rope_scaling", "rope_parameters"}
+        known = (f.read | set(family.aliases)) - set(f.given)
+        right = _near(key, known) or "remove it, if it says nothing about the model"
+        raise ConfigError(key, f"the import of {family.model_type} knows no such key", right)
+    unsaid = {*ONLY, *family.only, *family.extra, "rope_scaling", "rope_parameters"}
     return Imported(
         architecture,
-        tuple(sorted(f.defaulted - hidden - {"dtype"})),
+        tuple(sorted(f.defaulted - unsaid - {"dtype"})),
         tuple(f"{key} ({why})" for key, why in left_out.items() if f.given.get(key)),
         _quantisation(config),
         f.value("dtype") is not None,
@@ -189,7 +195,7 @@ def _check_head(f: Fields) -> None:
         raise f.refuse("architectures", f"got {show(names)}", "it must be a list of class names")
     if not any(name.endswith(HEADS) for name in names):
         raise f.refuse(
-            "architectures", f"a spec cannot express {show(names[0])}", "a causal language model it must be"
+            "architectures", f"a spec cannot express {show(names[0])}", f"one must end in {HEADS[0]}"
         )
 
 
@@ -224,11 +230,8 @@ def _name_of(path: Path) -> str:
 
 def _line_of(text: str, field: str) -> int | None:
     """The line of the last part of a dotted field, if the text has it once."""
-    found = (
-        [m.start() for m in re.finditer(rf'"{re.escape(field.rpartition(".")[2])}"\s*:', text)]
-        if field
-        else []
-    )
+    key = re.escape(field.rpartition(".")[2])
+    found = [match.start() for match in re.finditer(rf'"{key}"\s*:', text)]
     return text.count("\n", 0, found[0]) + 1 if len(found) == 1 else None
 
 

@@ -123,9 +123,7 @@ def forward_by_component(
     else:
         full, windowed = admitted_pairs(seq, cached, None), admitted_pairs(seq, cached, window)
     reached = batch * (seq if logits == "all" else 1)
-    return _forward(
-        architecture, batch * seq, reached, batch * full, batch * windowed, batch * cached, mla
-    )
+    return _forward(architecture, batch * seq, reached, batch * full, batch * windowed, batch * cached, mla)
 
 
 def forward_total(

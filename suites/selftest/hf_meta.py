@@ -13,11 +13,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-import transformers
 
 from harness.spec.huggingface import survey
 from harness.theory import parameters
+
+transformers: Any = pytest.importorskip("transformers")
 
 CODE_OF = {"kimi_k2": "deepseek_v3"}
 """model_types that run with the code of another: Kimi K2's files name DeepseekV3ForCausalLM themselves."""
@@ -51,14 +53,14 @@ def published() -> Path | None:
     return Path(places[0]) / "model_configs" if places else None
 
 
-def configuration(config: Mapping[str, Any]) -> transformers.PretrainedConfig:
+def configuration(config: Mapping[str, Any]) -> Any:
     """transformers' reading of a config.json, quantisation apart."""
     plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
     model_type = plain.pop("model_type")
     return transformers.CONFIG_MAPPING[CODE_OF.get(model_type, model_type)].from_dict(plain)
 
 
-def model(config: Mapping[str, Any]) -> transformers.PreTrainedModel:
+def model(config: Mapping[str, Any]) -> Any:
     """The causal language model of a config.json on the meta device."""
     with torch.device("meta"):
         made = transformers.AutoModelForCausalLM.from_config(configuration(config))
@@ -66,7 +68,7 @@ def model(config: Mapping[str, Any]) -> transformers.PreTrainedModel:
     return made
 
 
-def by_component(made: transformers.PreTrainedModel) -> Counter[str]:
+def by_component(made: Any) -> Counter[str]:
     """Parameters by component, none of them 0; a tensor with two names counts once.
 
     Raises ValueError on a name that belongs to no component.
@@ -80,7 +82,7 @@ def by_component(made: transformers.PreTrainedModel) -> Counter[str]:
     return +counts
 
 
-def moe_layers(made: transformers.PreTrainedModel) -> set[int]:
+def moe_layers(made: Any) -> set[int]:
     """Layers that have routed experts."""
     names = (re.search(r"\.(\d+)\..*\.experts\.", name) for name, _ in made.named_parameters())
     return {int(found.group(1)) for found in names if found}

@@ -1,6 +1,6 @@
 """A stranger's adapter: all that it takes to put their model under test.
 
-    moe-harness check --impl suites.selftest.stranger_adapter:make
+moe-harness check --impl suites.selftest.stranger_adapter:make
 """
 
 from harness.implementations import Unsupported, hf_like

@@ -93,7 +93,9 @@ def test_gradients_of_grouped_products_count() -> None:
     x = tensor(12, 16).requires_grad_()
     w = tensor(G, 16, 24).requires_grad_()
     with FlopCounter() as counter:
-        functional.grouped_mm(x, w, offs=torch.tensor([5, 8, 12], dtype=torch.int32)).square().sum().backward()
+        functional.grouped_mm(
+            x, w, offs=torch.tensor([5, 8, 12], dtype=torch.int32)
+        ).square().sum().backward()
     assert not counter.unknown
     assert counter.total == 3 * 2 * 12 * 16 * 24
 

@@ -8,66 +8,25 @@ from typing import Any
 
 import pytest
 
-from harness.conformance import canary, case, subjects, verdict  # noqa: F401  # torch loads once a process
-from harness.results import reports  # noqa: F401
+import harness.conformance.canary  # noqa: F401  # torch can be loaded once in a process
 from harness.results.runfile import read
+from suites.selftest.stubs import ODD, QUICK, STUBS, VOID, write
 
 pytest_plugins = ["pytester"]
-
-ODD = "suites.selftest.odd_implementations:"
-CANARY = """
-from harness.conformance import canary
-canary.run = lambda seed: {canary}
-pytest_plugins = ["harness.plugin"]
-"""
-STUBS = '''
-import torch
-from harness.conformance import Void, Violation, conformance, require
-
-@conformance("stub.finite", clause="c", needs=("forward",))
-def test_finite(case):
-    """Logits are finite."""
-    logits = case.model().forward(case.tokens(2, 3))
-    require(bool(torch.isfinite(logits).all()), "logit of token 0 is nan", stage="combine", token=0)
-
-@conformance("stub.shape", clause="c", needs=("forward",))
-def test_shape(case):
-    """Logits have the shape of the tokens."""
-    tokens = case.tokens(2, 3)
-    shape = tuple(case.model().forward(tokens).shape[:2])
-    case.note("shape", shape)
-    assert shape == (2, 3), f"logits are {shape}, not (2, 3)"
-
-@conformance("stub.cached", clause="c", needs=("cache",), level="SHOULD")
-def test_cached(case):
-    """There is a cache."""
-    case.model().extend(case.tokens(2, 3), None)
-
-@conformance("stub.elsewhere", clause="c", needs=(), applies=lambda architecture: False)
-def test_elsewhere(case):
-    """Applies to nothing."""
-'''
-VOID = '''
-@conformance("stub.void", clause="c", needs=())
-def test_void(case):
-    """Cannot be measured."""
-    raise Void("no margin is wide enough")
-'''
 
 
 def run(
     pytester: pytest.Pytester, *arguments: str, stubs: str = STUBS, canary: str = '(True, "caught")'
 ) -> tuple[pytest.RunResult, dict[str, dict[str, Any]]]:
     """A run on the stub properties, and the records of its run file by property."""
-    pytester.makeconftest(CANARY.format(canary=canary))
-    pytester.makepyfile(test_stub=stubs)
-    result = pytester.runpytest("--run-file=run.jsonl", *arguments)
+    write(pytester.path, stubs=stubs, canary=canary)
+    result = pytester.runpytest(*QUICK, "--run-file=run.jsonl", *arguments)
     lines = [json.loads(line) for line in (pytester.path / "run.jsonl").read_text().splitlines()]
     return result, {line["slug"]: line for line in lines if line["kind"] == "record"}
 
 
 def test_what_passes_is_recorded_with_its_input_and_exits_0(pytester: pytest.Pytester) -> None:
-    """A conforming implementation passes, lacks what it does not declare, and is not asked what does not apply."""
+    """A conforming implementation passes, and is not asked for what it lacks or what does not apply."""
     result, records = run(pytester, "--impl", ODD + "good")
     assert result.ret == 0
     assert {slug: r["outcome"] for slug, r in records.items()} == {
@@ -78,7 +37,7 @@ def test_what_passes_is_recorded_with_its_input_and_exits_0(pytester: pytest.Pyt
     assert records["stub.cached"]["reason"] == "the model declares no capability 'cache'"
     assert records["stub.shape"]["facts"] == {"shape": [2, 3]}
     assert len(records["stub.shape"]["input_digest"]) == 64
-    result.stdout.fnmatch_lines(["*2 passed, 1 unsupported*", "exit code 0"])
+    result.stdout.fnmatch_lines(["*2 passed, 1 unsupported*", "*(exit code 0)"])
 
 
 def test_a_broken_property_reads_as_one_paragraph(pytester: pytest.Pytester) -> None:
@@ -156,17 +115,15 @@ def test_other_tests_are_left_alone(pytester: pytest.Pytester) -> None:
 
 def test_a_run_without_properties_needs_nothing_of_ours(pytester: pytest.Pytester) -> None:
     """In a run without properties there is no canary, no table and no exit code of ours."""
-    pytester.makeconftest(CANARY.format(canary="(True, '')"))
-    pytester.makepyfile("def test_plain(): pass")
-    result = pytester.runpytest()
+    write(pytester.path, stubs="def test_plain(): pass")
+    result = pytester.runpytest(*QUICK)
     result.assert_outcomes(passed=1)
     result.stdout.no_fnmatch_line("*conformance*")
 
 
 def test_test_ids_name_implementation_and_spec(pytester: pytest.Pytester) -> None:
     """A test is called FILE::TEST[IMPLEMENTATION-SPEC], and is made only where its property applies."""
-    pytester.makeconftest(CANARY.format(canary="(True, '')"))
-    pytester.makepyfile(test_stub=STUBS)
+    write(pytester.path)
     impl = f"{ODD}good"
     result = pytester.runpytest(
         "--collect-only", "-q", "--impl", impl, "--impl", f"{impl}@dbrx", "--impl", impl
@@ -192,9 +149,8 @@ def test_what_cannot_be_used_is_refused_before_anything_runs(
     pytester: pytest.Pytester, arguments: tuple[str, ...], sentence: str
 ) -> None:
     """An unusable implementation, spec, baseline or run file ends in one sentence and exit code 78."""
-    pytester.makeconftest(CANARY.format(canary="(True, '')"))
-    pytester.makepyfile(test_stub=STUBS)
-    result = pytester.runpytest(*arguments)
+    write(pytester.path)
+    result = pytester.runpytest(*QUICK, *arguments)
     assert result.ret == 78
     result.stderr.fnmatch_lines([sentence])
     assert "Traceback" not in result.stderr.str() + result.stdout.str()
@@ -236,3 +192,23 @@ def test_the_run_file_is_read_back_as_it_was_run(pytester: pytest.Pytester) -> N
     assert found.footer.counts["passed"] == 2
     assert found.footer.canary is not None
     assert found.footer.canary.caught
+
+
+def test_a_baseline_is_written_met_and_outgrown(pytester: pytest.Pytester) -> None:
+    """Written from a failing run it makes that run pass; when it no longer fits, it fails the run."""
+    known = pytester.path / "known.toml"
+    nan = ("--impl", ODD + "nan")
+    wrote, _ = run(pytester, *nan, f"--write-baseline={known}")
+    assert wrote.ret == 0
+    wrote.stdout.fnmatch_lines(["wrote *known.toml: 1 added, 0 removed (exit code 0)"])
+    met, records = run(pytester, *nan, f"--baseline={known}")
+    assert met.ret == 0
+    assert records["stub.finite"]["outcome"] == "expected"
+    assert records["stub.finite"]["reason"] == "logit of token 0 is nan"
+    known.write_text(known.read_text().replace("stub.finite", "stub.shape"))
+    outgrown, records = run(pytester, *nan, f"--baseline={known}")
+    assert outgrown.ret == 1
+    assert [records[slug]["outcome"] for slug in ("stub.shape", "stub.finite")] == ["stale", "failed"]
+    rewrote, _ = run(pytester, *nan, f"--write-baseline={known}")
+    rewrote.stdout.fnmatch_lines(["*1 added, 1 removed*"])
+    assert run(pytester, *nan, f"--baseline={known}")[0].ret == 0

@@ -88,7 +88,9 @@ def test_every_metric_reaches_the_summary_with_its_unit() -> None:
 
 
 @pytest.mark.parametrize(
-    "code", [pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED], ids=["library", "driver"]
+    "code",
+    [pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED],
+    ids=["library", "driver"],
 )
 def test_a_machine_without_a_driver_gives_a_reason(code: int) -> None:
     """Without NVML a span still has host readings, and the devices' reason."""

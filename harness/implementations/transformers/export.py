@@ -14,6 +14,7 @@ from typing import Any
 from harness.implementations.protocols import Unsupported
 from harness.implementations.registry import describe
 from harness.implementations.transformers.library import config_class
+from harness.implementations.transformers.shrink import INITIALIZER_RANGE
 from harness.spec.architecture import Architecture, FeedForward, Moe, RopeScaling
 
 NOT_COMPARED = ("dtype", "auxiliary_loss")
@@ -41,7 +42,7 @@ def config(architecture: Architecture, family: str) -> Any:
     if difference is not None:
         raise Unsupported(f"transformers:{family} cannot express {difference}")
     try:
-        return config_class(family)(**said)
+        return config_class(family)(**said, initializer_range=INITIALIZER_RANGE)
     except Exception as error:
         raise Unsupported(f"the config of {family} refuses this architecture: {describe(error)}") from error
 

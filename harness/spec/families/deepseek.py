@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from harness.spec.architecture import Architecture, Attention, AuxiliaryLoss, FeedForward, Mla, Router
-from harness.spec.families.dense import gated
 from harness.spec.families.experts import dense_unless_all_routed, expert
 from harness.spec.families.fields import MAX_LAYERS, Fields
 from harness.spec.families.parts import ACTIVATIONS, BASE, MTP, Family, attention, decoder, heads, routed
@@ -129,7 +128,8 @@ def softmax_router(f: Fields) -> Router:
     """DeepSeek-V2's router: softmax scores that are never renormalised, groups by their best one."""
     scaling = f.number("routed_scaling_factor")
     if not f.word("topk_method", {"greedy": False, "group_limited_greedy": True}):
-        f.value("n_group"), f.value("topk_group")
+        for key in ("n_group", "topk_group"):  # without effect under greedy selection
+            f.count_or_none(key)
         return Router(normalise=False, scaling_factor=scaling)
     n_groups, chosen = groups(f)
     return Router(
@@ -147,17 +147,16 @@ def _deepseek_v2(f: Fields) -> Architecture:
         layers=layers,
         shared=shared_experts(f, bias=bias),
     )
-    dense = gated(f, bias=bias)
     return decoder(
         f,
         latent_attention(f, interleaved=True),
-        ffn=None if layers == (0, 1, 0) else dense,
+        ffn=dense_unless_all_routed(f, layers, bias=bias),
         moe=moe,
         loss=sequence_loss(f),
     )
 
 
-DEEPSEEK: dict[str, Any] = {**BASE, **ROPE, "q_lora_rank": 1536}
+DEEPSEEK: dict[str, Any] = {**BASE, **ROPE}
 DEEPSEEK_EXTRA = {"aux_loss_alpha": None, "seq_aux": True, "head_dim": None, "qk_head_dim": None}
 DEEPSEEK_ONLY = {
     "attention_bias": ((False,), "biases inside latent attention"),
@@ -173,7 +172,6 @@ def _v3(model_type: str) -> Family:
         _deepseek_v3,
         {
             **DEEPSEEK,
-            "num_key_value_heads": 128,
             "rope_interleave": True,
             "routed_scaling_factor": 2.5,
             "n_group": 8,
@@ -225,7 +223,6 @@ FAMILIES = (
             **BASE,
             **ROPE,
             "rms_norm_eps": 1e-5,
-            "num_key_value_heads": 8,
             "attention_bias": False,
             "routed_scaling_factor": 1.0,
             "n_group": 1,

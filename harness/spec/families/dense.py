@@ -28,9 +28,12 @@ def gated(f: Fields, *, bias: bool = False) -> FeedForward:
 
 
 def used_window(f: Fields) -> int | None:
-    """Qwen: a window counts only if use_sliding_window is true."""
-    f.value("sliding_window")
-    return f.count_or_none("sliding_window") if f.flag("use_sliding_window") else None
+    """Qwen: a window counts only if use_sliding_window is true; an unused one may be 0."""
+    used = f.flag("use_sliding_window")
+    if f.value("sliding_window") is None:
+        return None
+    window = f.count("sliding_window", least=1 if used else 0)
+    return window if used else None
 
 
 def _llama(f: Fields) -> Architecture:
@@ -77,7 +80,6 @@ def _gpt2(f: Fields) -> Architecture:
             "n_ctx", f"{f.count('n_ctx')} differs from n_positions = {positions}", "keep one of the two"
         )
     head_dim = d_model // n_heads
-    unscaled = not f.flag("scale_attn_weights")
     ffn = FeedForward(
         d_ff=f.count_or_none("n_inner") or 4 * d_model,
         gated=False,
@@ -98,7 +100,7 @@ def _gpt2(f: Fields) -> Architecture:
             head_dim=head_dim,
             qkv_bias=True,
             o_bias=True,
-            scale=1.0 if unscaled and head_dim > 1 else None,
+            scale=None if f.flag("scale_attn_weights") else 1.0,
         ),
         ffn=ffn,
         dtype=dtype(f),
@@ -121,19 +123,19 @@ FAMILIES = (
     Family(
         "mistral",
         _mistral,
-        {**BASE, **ROPE, "num_key_value_heads": 8, "head_dim": None, "sliding_window": 4096},
+        {**BASE, **ROPE, "head_dim": None, "sliding_window": 4096},
     ),
     Family(
         "qwen2",
         _qwen2,
-        {**BASE, **ROPE, **WINDOWED, "num_key_value_heads": 32},
+        {**BASE, **ROPE, **WINDOWED},
         extra={"head_dim": None},
         only={"use_mrope": ((False,), "positions in three axes")},
     ),
     Family(
         "qwen3",
         _qwen3,
-        {**BASE, **ROPE, **WINDOWED, "num_key_value_heads": 32, "head_dim": 128, "attention_bias": False},
+        {**BASE, **ROPE, **WINDOWED, "attention_bias": False},
     ),
     Family(
         "gpt2",

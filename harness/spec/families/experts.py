@@ -37,9 +37,11 @@ def expert(f: Fields, width: str) -> FeedForward:
     return FeedForward(d_ff=f.count(width), activation=f.word("hidden_act", ACTIVATIONS))
 
 
-def dense_unless_all_routed(f: Fields, layers: tuple[int, int, int]) -> FeedForward | None:
+def dense_unless_all_routed(
+    f: Fields, layers: tuple[int, int, int], *, bias: bool = False
+) -> FeedForward | None:
     """The dense network of the layers that are no MoE layers; its keys are checked in any case."""
-    ffn = gated(f)
+    ffn = gated(f, bias=bias)
     return None if layers == (0, 1, 0) else ffn
 
 
@@ -52,7 +54,7 @@ def _mixtral(f: Fields) -> Architecture:
 def sparse_layers(f: Fields) -> tuple[int, int, int]:
     """Qwen: layer i routes if (i + 1) % decoder_sparse_step == 0 and mlp_only_layers does not list it."""
     n_layers, step = f.count("num_hidden_layers", most=MAX_LAYERS), f.count("decoder_sparse_step")
-    listed = f.value("mlp_only_layers") or []
+    listed = [] if f.value("mlp_only_layers") is None else f.value("mlp_only_layers")
     if not isinstance(listed, list) or not all(type(i) is int and 0 <= i < n_layers for i in listed):
         raise f.refuse("mlp_only_layers", "is no list of layers", f"list numbers from 0 to {n_layers - 1}")
     candidates = range(step - 1, n_layers, step)
@@ -184,7 +186,6 @@ FAMILIES = (
             **ROPE,
             **AUXILIARY,
             "rms_norm_eps": 1e-5,
-            "num_key_value_heads": 8,
             "head_dim": None,
             "sliding_window": None,
         },
@@ -193,7 +194,7 @@ FAMILIES = (
     Family(
         "qwen2_moe",
         _qwen2_moe,
-        {**BASE, **ROPE, **QWEN_MOE, "num_key_value_heads": 16, "qkv_bias": True},
+        {**BASE, **ROPE, **QWEN_MOE, "qkv_bias": True},
         extra={"head_dim": None},
         only={"use_mrope": ((False,), "positions in three axes")},
     ),
@@ -208,7 +209,6 @@ FAMILIES = (
                 for key, value in QWEN_MOE.items()
                 if key not in ("layer_types", "max_window_layers")
             },
-            "num_key_value_heads": 4,
             "attention_bias": False,
         },
         extra={"head_dim": None, "max_window_layers": None},
@@ -243,8 +243,6 @@ FAMILIES = (
             **ROPE,
             **AUXILIARY,
             "rms_norm_eps": 1e-5,
-            "num_key_value_heads": 8,
-            "head_dim": 64,
             "sliding_window": 128,
             "layer_types": None,
             "attention_bias": True,
@@ -260,7 +258,7 @@ FAMILIES = (
     Family(
         "minimax_m2",
         _minimax_m2,
-        {**BASE, **ROPE, "num_key_value_heads": 8, "head_dim": 128},
+        {**BASE, **ROPE},
         extra={"rotary_dim": None, "partial_rotary_factor": None, "attn_type_list": None},
         aliases={"num_experts": "num_local_experts"},
         only={

@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
-from harness.spec.errors import SpecError, did_you_mean, sentence, show
+from harness.spec.errors import SpecError, sentence, show
 
 Word = TypeVar("Word")
 
@@ -127,7 +127,7 @@ class Fields:
         if not isinstance(value, str):
             raise self.refuse(key, f"got {show(value)}", f"it must be one of {', '.join(words)}")
         if value not in words:
-            raise self.refuse(key, f"a spec cannot express {show(value)}", did_you_mean(value, words))
+            raise self.refuse(key, f"a spec cannot express {show(value)}", f"known are {', '.join(words)}")
         return words[value]
 
     def table(self, key: str) -> Mapping[str, Any] | None:

@@ -159,14 +159,14 @@ def dtype(f: Fields) -> DType:
 def heads(f: Fields) -> tuple[int, int, int]:
     """(n_heads, n_kv_heads, head_dim): null key/value heads are as many as heads, a null head_dim divides.
 
-    A family whose head_dim has a default of its own knows no null.
+    A family that lets head_dim be absent lets it be null; in the others it is a size, which must be given.
     """
     n_heads, d_model = f.count("num_attention_heads"), f.count("hidden_size")
     n_kv_heads = f.count_or_none("num_key_value_heads") or n_heads
     if n_heads % n_kv_heads:
         wrong = f"{n_kv_heads} does not divide num_attention_heads = {n_heads}"
         raise f.refuse("num_key_value_heads", wrong, "every key/value head serves as many query heads")
-    head_dim = f.count("head_dim") if f.defaults["head_dim"] else f.count_or_none("head_dim")
+    head_dim = f.count_or_none("head_dim") if "head_dim" in f.defaults else f.count("head_dim")
     if head_dim is None:
         head_dim = d_model // n_heads
         if d_model % n_heads:

@@ -1,0 +1,219 @@
+"""The audit as data and as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+from harness.audit.assemble import Figure
+from harness.audit.explain import about, derivation
+from harness.audit.verdicts import Conflict, Judged, Outcome, Verdict, judge
+from harness.audit.wording import decided, dimensions, span, theory
+from harness.spec import Spec
+from harness.theory.describe import Table
+
+OUTCOMES: tuple[Outcome, ...] = ("consistent", "undetermined", "contradicts", "not yet judged")
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """A claim for which the sources print figures that do not mean the same."""
+
+    claim: str
+    verdicts: tuple[Verdict, ...]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What follows from judging every claim of a spec."""
+
+    spec: Spec
+    verdicts: tuple[Verdict, ...]
+    """One for each figure of each claim, in the order of the file."""
+    conflicts: tuple[Conflict, ...]
+    """The smallest sets of claims that cannot hold together."""
+    blocks: Mapping[str, int]
+    """Completions of each block of axes."""
+    _judged: Judged
+
+    @property
+    def completions(self) -> int:
+        """How many completions the claims were put to, over all blocks."""
+        return sum(self.blocks.values())
+
+    @property
+    def disagreements(self) -> tuple[Disagreement, ...]:
+        """Claims with several figures, and which of them theory admits."""
+        by_claim: dict[str, list[Verdict]] = {}
+        for verdict in self.verdicts:
+            by_claim.setdefault(verdict.claim.id, []).append(verdict)
+        return tuple(Disagreement(claim, tuple(found)) for claim, found in by_claim.items() if len(found) > 1)
+
+    @property
+    def counts(self) -> dict[Outcome, int]:
+        """How many figures have each outcome."""
+        found = [verdict.outcome for verdict in self.verdicts]
+        return {outcome: found.count(outcome) for outcome in OUTCOMES}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for json.dumps: an open end of a range is None."""
+        return {
+            "name": self.spec.name,
+            "title": self.spec.title,
+            "digest": self.spec.digest,
+            "completions": self.completions,
+            "blocks": dict(self.blocks),
+            "counts": dict(self.counts),
+            "verdicts": [self._verdict(verdict) for verdict in self.verdicts],
+            "conflicts": [self._conflict(conflict) for conflict in self.conflicts],
+            "disagreements": [
+                {"claim": one.claim, "figures": {str(v.figure): v.outcome for v in one.verdicts}}
+                for one in self.disagreements
+            ],
+        }
+
+    def tables(self) -> list[Table]:
+        """For people: verdicts, disagreements, conflicts, what is not yet judged, and over what it was searched."""
+        if not self.verdicts:
+            return [Table(f"{self.spec.name} states no claims: there is nothing to judge", (), ())]
+        return list(self._tables())
+
+    def _tables(self) -> Iterator[Table]:
+        summary = ", ".join(f"{count} {outcome}" for outcome, count in self.counts.items())
+        headers = ("claim", "printed", "by", "verdict", "theory", "why")
+        for kind, title in (("claim", f"{self.spec.name}: {summary}"), ("assumption", "Assumptions of ours")):
+            rows = [self._row(v) for v in self.verdicts if v.claim.kind == kind and v.findings]
+            if rows:
+                yield Table(title, headers, tuple(rows))
+        if self.disagreements:
+            yield Table(
+                "Where the sources disagree",
+                ("claim", "printed", "by", "verdict"),
+                tuple(
+                    (one.claim, str(v.figure), _by(v.figure), v.outcome)
+                    for one in self.disagreements
+                    for v in one.verdicts
+                ),
+            )
+        shown = self._smallest()
+        if shown:
+            rows = [row for number, conflict in enumerate(shown, 1) for row in self._rows(number, conflict)]
+            title = "Cannot hold together: the smallest conflicts of every figure that contradicts"
+            title += f", {len(shown)} of {len(self.conflicts)}"
+            yield Table(title, ("no.", "without", "printed", "it is", "at"), tuple(rows))
+        waiting = [v for v in self.verdicts if not v.findings]
+        if waiting:
+            rows = [(v.claim.id, str(v.figure), _by(v.figure), v.reason) for v in waiting]
+            yield Table("Not yet judged", ("claim", "printed", "by", "why"), tuple(rows))
+        title = f"Completions searched: {self.completions:,}"
+        yield Table(title, ("block", "completions"), tuple(self.blocks.items()))
+
+    def _row(self, verdict: Verdict) -> tuple[object, ...]:
+        return (
+            verdict.claim.id,
+            str(verdict.figure),
+            _by(verdict.figure),
+            verdict.outcome,
+            theory(verdict.decisive) if verdict.decisive else "",
+            self._why(verdict),
+        )
+
+    def _why(self, verdict: Verdict) -> str:
+        if verdict.outcome == "undetermined":
+            return decided(verdict.decisive) if verdict.decisive else ""
+        if verdict.outcome != "contradicts":
+            return ""
+        if verdict.slips:
+            return f"admitted if read {' or '.join(verdict.slips)}"
+        conflicts = about(self.conflicts, verdict)
+        if not conflicts:
+            return "not with as many of the others as can hold together"
+        others = [m.claim.id for m in conflicts[0].members if m.claim.id != verdict.claim.id]
+        return f"not with {', '.join(others)}" if others else "out of reach of every completion"
+
+    def _smallest(self) -> list[Conflict]:
+        """For each figure that contradicts, the smallest conflict it is in."""
+        found: list[Conflict] = []
+        for verdict in self.verdicts:
+            conflicts = about(self.conflicts, verdict)
+            least = len(conflicts[0].members) if conflicts else 0
+            found += [c for c in conflicts if len(c.members) == least and c not in found]
+        return sorted(found, key=lambda conflict: len(conflict.members))
+
+    def _rows(self, number: int, conflict: Conflict) -> Iterator[tuple[object, ...]]:
+        if not conflict.releases:
+            member = conflict.members[0]
+            yield (number, member.claim.id, str(member.figure), "out of reach of every completion", "")
+        for release in conflict.releases:
+            figure = release.dropped.figure
+            then = span(release.low, release.high, figure.readings[0].unit)
+            where = dimensions(self.spec, release.values)
+            yield (number, release.dropped.claim.id, str(figure), then, where)
+
+    def _verdict(self, verdict: Verdict) -> dict[str, Any]:
+        interval = verdict.figure.interval
+        return {
+            "claim": verdict.claim.id,
+            "statement": verdict.claim.statement,
+            "kind": verdict.claim.kind,
+            "quantity": verdict.claim.quantity,
+            "printed": [
+                {"value": r.value, "unit": r.unit, "sources": list(r.sources)} for r in verdict.figure.readings
+            ],
+            "interval": None if interval is None else [_end(interval.low), _end(interval.high)],
+            "verdict": verdict.outcome,
+            "reason": verdict.reason,
+            "read": list(verdict.slips),
+            "findings": [
+                {
+                    "block": finding.block,
+                    "low": _end(finding.low),
+                    "high": _end(finding.high),
+                    "unit": finding.test.readings[0].unit,
+                    "completions": finding.admitted,
+                    "holding": finding.holding,
+                    "derivation": derivation(self.spec, finding),
+                    "decider": None
+                    if finding.decider is None
+                    else {
+                        "axis": finding.decider.axis,
+                        "holds": list(finding.decider.holds),
+                        "fails": list(finding.decider.fails),
+                        "alone": finding.decider.alone,
+                    },
+                }
+                for finding in verdict.findings
+            ],
+        }
+
+    def _conflict(self, conflict: Conflict) -> dict[str, Any]:
+        return {
+            "block": conflict.block,
+            "members": [{"claim": m.claim.id, "printed": str(m.figure)} for m in conflict.members],
+            "releases": [
+                {
+                    "without": release.dropped.claim.id,
+                    "low": _end(release.low),
+                    "high": _end(release.high),
+                    "at": dict(release.values),
+                }
+                for release in conflict.releases
+            ],
+        }
+
+
+def audit(spec: Spec) -> Audit:
+    """Judge every claim of a spec. Raises SpecError on a spec that cannot be audited."""
+    judged = judge(spec)
+    blocks = {block.name: block.completions for block in judged.case.blocks}
+    return Audit(spec, judged.verdicts, judged.conflicts, blocks, judged)
+
+
+def _by(figure: Figure) -> str:
+    return ", ".join(figure.sources)
+
+
+def _end(value: float) -> float | None:
+    return value if isfinite(value) else None

@@ -1,0 +1,256 @@
+"""The audit of a spec: a verdict on every figure, and the smallest conflicts between claims."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harness.audit.assemble import Case, Figure, assemble
+from harness.audit.blocks import Block, Patterns, Test, Values
+from harness.audit.conflicts import members_of, minimal_conflicts
+from harness.audit.optima import Optima
+from harness.audit.quantities import QUANTITIES
+from harness.audit.units import Unit, slips
+from harness.spec import Claim, Spec
+
+Outcome = Literal["consistent", "contradicts", "undetermined", "not yet judged"]
+
+
+@dataclass(frozen=True)
+class Decider:
+    """An unknown and the values of it at which a figure holds, and at which it does not."""
+
+    axis: str
+    holds: tuple[float, ...]
+    fails: tuple[float, ...]
+
+    @property
+    def alone(self) -> bool:
+        """Whether this unknown alone decides: no value of it is on both sides."""
+        return not set(self.holds) & set(self.fails)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one block says about a figure, over the completions that all other claims admit."""
+
+    test: Test
+    block: str
+    admitted: int
+    """Completions at the optimum of the others."""
+    holding: int
+    """Those of them at which the figure holds."""
+    low: float
+    high: float
+    """Of the quantity over them, in the figure's own unit."""
+    decider: Decider | None
+    slips: tuple[str, ...]
+    """How else the unit may be read, so that theory admits the figure."""
+    example: Mapping[str, float]
+    """One of these completions, where the figure holds if it does anywhere."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """On one figure of one claim."""
+
+    claim: Claim
+    figure: Figure
+    outcome: Outcome
+    findings: tuple[Finding, ...] = ()
+    reason: str = ""
+    """Of a verdict without findings, or beside them."""
+
+    @property
+    def decisive(self) -> Finding | None:
+        """The finding that the outcome rests on; None before it is judged."""
+        for finding in self.findings:
+            if {"contradicts": 0, "consistent": finding.admitted}.get(self.outcome, finding.holding) == finding.holding:
+                return finding
+        return None
+
+    @property
+    def slips(self) -> tuple[str, ...]:
+        """Readings of the unit that every block admits."""
+        found = [set(finding.slips) for finding in self.findings]
+        return tuple(slip for slip in self.findings[0].slips if all(slip in one for one in found)) if found else ()
+
+
+@dataclass(frozen=True)
+class Member:
+    """A figure as part of a conflict."""
+
+    claim: Claim
+    figure: Figure
+
+
+@dataclass(frozen=True)
+class Release:
+    """A completion at which all of a conflict holds but one member, and what that member's quantity is there."""
+
+    dropped: Member
+    values: Mapping[str, float]
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Claims that no completion satisfies together, while it satisfies them without any one of them."""
+
+    block: str
+    members: tuple[Member, ...]
+    releases: tuple[Release, ...]
+    """One for each member, in their order; empty if a single figure is in conflict with the domains alone."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Everything the audit found."""
+
+    case: Case
+    verdicts: tuple[Verdict, ...]
+    conflicts: tuple[Conflict, ...]
+
+
+def judge(spec: Spec) -> Judged:
+    """Judge every figure of every claim. Raises SpecError on a spec that cannot be audited."""
+    case = assemble(spec)
+    optima = Optima(case.blocks)
+    tested = [(place, test) for place, block in enumerate(case.blocks) for test in block.tests]
+    places = {block.name: place for place, block in enumerate(case.blocks)}
+    tested += [(places[name], test) for name, test in case.foreign if name in places]
+    admitted = {claim: optima.admitted(claim) for claim in dict.fromkeys(t.claim.id for _, t in tested)}
+    found = {place: _selected(block, place, admitted.values()) for place, block in enumerate(case.blocks)}
+    verdicts = []
+    for claim in spec.claims:
+        for figure in case.figures[claim.id] or (Figure((), None, Unit("")),):
+            reason = case.unjudged.get(claim.id) or figure.reason
+            tests = [(p, t) for p, t in tested if t.claim.id == claim.id and t.readings == figure.readings]
+            if reason or not tests:
+                verdicts.append(Verdict(claim, figure, "not yet judged", reason=reason))
+                continue
+            findings = tuple(
+                _finding(case.blocks[place], test, admitted[claim.id].get(place), *found[place])
+                for place, test in tests
+            )
+            verdicts.append(Verdict(claim, figure, _outcome(findings), findings, _foreign(tests[0][1])))
+    return Judged(case, tuple(verdicts), tuple(_conflicts(case)))
+
+
+def _selected(block: Block, place: int, admitted: Iterable[Mapping[int, Patterns]]) -> tuple[Values, Patterns]:
+    wanted = [one[place] for one in admitted if place in one]
+    return block.select(np.unique(np.concatenate([*wanted, np.empty(0, dtype=np.int64)])))
+
+
+def _foreign(test: Test) -> str:
+    if test.fits:
+        return ""
+    return f"printed in {test.unit.dimension}, while the quantity is counted in {test.quantity.dimension}"
+
+
+def _outcome(findings: Sequence[Finding]) -> Outcome:
+    """Nowhere in some block: contradicts. Everywhere in some block: consistent, as the others only know less."""
+    if any(not finding.holding for finding in findings):
+        return "contradicts"
+    if any(finding.holding == finding.admitted for finding in findings):
+        return "consistent"
+    return "undetermined"
+
+
+def _finding(block: Block, test: Test, admitted: Patterns | None, values: Values, patterns: Patterns) -> Finding:
+    """`values` are completions of the block that some claim needs, `patterns` theirs."""
+    if admitted is None:  # no figure of the claim fits, so that the block never tested it: it excludes nothing
+        admitted = block.patterns
+        values, patterns = block.select(admitted)
+    mask = np.isin(patterns, admitted)
+    chosen = Values(values.spec, {name: array[mask] for name, array in values.axes.items()})
+    count = int(mask.sum())
+    span = test.range(chosen)
+    holds = _spread(test.holds(chosen), count) if test.fits else np.zeros(count, dtype=np.bool_)
+    some = 0 < holds.sum() < count
+    slipped = () if holds.any() else tuple(
+        name
+        for name, unit in slips(test.readings[0].unit, test.quantity.dimension, test.quantity.side == "exact")
+        if test.holds(chosen, unit).any()
+    )  # fmt: skip
+    first = int(np.argmax(holds))
+    return Finding(
+        test,
+        block.name,
+        count,
+        int(holds.sum()),
+        float(np.min(span.low)) / test.unit.factor,
+        float(np.max(span.high)) / test.unit.factor,
+        _decider(chosen.axes, holds) if some else None,
+        slipped,
+        {name: float(array[first]) for name, array in chosen.axes.items()},
+    )
+
+
+def _spread(holds: NDArray[np.bool_], count: int) -> NDArray[np.bool_]:
+    return np.broadcast_to(holds, (count,))
+
+
+def _decider(axes: Mapping[str, NDArray[np.float64]], holds: NDArray[np.bool_]) -> Decider | None:
+    """The axis whose value tells best whether the figure holds; the first of equals. None if none varies."""
+    best: tuple[int, Decider] | None = None
+    for name, array in axes.items():
+        values, index = np.unique(array, return_inverse=True)
+        if len(values) < 2:
+            continue
+        yes = np.bincount(index, weights=holds, minlength=len(values))
+        no = np.bincount(index, weights=~holds, minlength=len(values))
+        wrong = int(np.minimum(yes, no).sum())
+        if best is None or wrong < best[0]:
+            best = (wrong, Decider(name, tuple(values[yes > 0].tolist()), tuple(values[no > 0].tolist())))
+    return best[1] if best else None
+
+
+def _conflicts(case: Case) -> list[Conflict]:
+    """Every minimal conflict with at most one figure of each claim, those with the fewest members first."""
+    found: list[tuple[frozenset[object], Conflict]] = []
+    for block in case.blocks:
+        sets = [members_of(bits) for bits in minimal_conflicts(block.patterns.tolist(), (1 << len(block.tests)) - 1)]
+        sets = [places for places in sets if len({block.tests[i].claim.id for i in places}) == len(places)]
+        found += [
+            (frozenset((block.tests[i].claim.id, block.tests[i].readings) for i in places), conflict)
+            for places, conflict in zip(sets, _explained(case, block, sets), strict=True)
+        ]
+    least = [conflict for key, conflict in found if not any(other < key for other, _ in found)]
+    return sorted(least, key=_rank)
+
+
+def _rank(conflict: Conflict) -> tuple[int, int]:
+    """Few members first, then those whose claims state an axis itself: they need no formula to be seen."""
+    return len(conflict.members), sum(member.claim.quantity in QUANTITIES for member in conflict.members)
+
+
+def _explained(case: Case, block: Block, sets: Sequence[Sequence[int]]) -> list[Conflict]:
+    """Conflicts, given as positions of tests, with a completion for each member that is dropped.
+
+    A figure that conflicts with the domains alone has none.
+    """
+    pattern: dict[tuple[int, int], int] = {}
+    for number, places in enumerate(sets):
+        for dropped in places if len(places) > 1 else ():
+            rest = sum(1 << i for i in places if i != dropped)
+            able = block.patterns[block.patterns & rest == rest]
+            # The witness that breaks the fewest other claims says most.
+            pattern[number, dropped] = int(able[np.argmax(np.bitwise_count(able))])
+    witnesses = block.witnesses(np.array(sorted(set(pattern.values())), dtype=np.int64))
+    conflicts = []
+    for number, places in enumerate(sets):
+        members = {i: Member(block.tests[i].claim, case.shown(block.tests[i])) for i in places}
+        releases = []
+        for i in places if len(places) > 1 else ():
+            values = witnesses[pattern[number, i]]
+            span = block.tests[i].range(Values(case.spec, {name: np.array([v]) for name, v in values.items()}))
+            low, high = (float(end.reshape(-1)[0]) / block.tests[i].unit.factor for end in span)
+            releases.append(Release(members[i], values, low, high))
+        conflicts.append(Conflict(block.name, tuple(members.values()), tuple(releases)))
+    return conflicts

@@ -1,0 +1,55 @@
+"""The work of `moe-harness report`: the pages of `results/`, written and printed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from harness.results.report import Page
+
+SUBJECTS = (
+    "reference@mixtral-8x7b",
+    "reference@qwen3-30b-a3b",
+    "reference@gpt-oss-20b",
+    "reference@deepseek-v3",
+    "transformers:mixtral@mixtral-8x7b",
+    "transformers:qwen3_moe@qwen3-30b-a3b",
+    "transformers:gpt_oss@gpt-oss-20b",
+    "transformers:deepseek_v3@deepseek-v3",
+)
+"""The reference on each spec beside an implementation of the same spec by others."""
+RUN_FILE = Path(".runs") / "report.jsonl"
+BASELINE = "baseline.toml"
+
+
+def make(folder: Path) -> int:
+    """Write and print every page; the exit code is that of the suites' run.
+
+    A baseline.toml in the folder says which failures are known. Raises RunFileError if the run was cut off.
+    """
+    from harness.results import report, suites
+    from harness.results.gate import SOFTWARE
+    from harness.results.runfile import read
+
+    for page in (report.leak(), report.figures()):
+        _publish(folder, page)
+    arguments = [word for subject in SUBJECTS for word in ("--impl", subject)]
+    if (folder / BASELINE).exists():
+        arguments += ["--baseline", str(folder / BASELINE)]
+    RUN_FILE.unlink(missing_ok=True)
+    code = suites.run([*arguments, "--run-file", str(RUN_FILE)])
+    if not RUN_FILE.exists():
+        return code or SOFTWARE
+    _publish(folder, report.conformance(read(RUN_FILE)))
+    return code
+
+
+def _publish(folder: Path, page: Page) -> None:
+    from harness.results import report
+
+    path = report.write(folder, page)
+    typer.echo(page.text())
+    typer.echo(f"wrote {path}\n")

@@ -1,0 +1,124 @@
+"""The cache: any split of a sequence into calls gives what one call gives.
+
+Letters: B sequences, S tokens per sequence, W attention window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.conformance import Case, conformance, require
+from harness.conformance.comparison import agree, finite, margin, note_share
+from harness.spec.architecture import Architecture
+
+
+def splittable(architecture: Architecture | None) -> bool:
+    """Applies where no capacity counts the tokens of a call."""
+    moe = None if architecture is None else architecture.moe
+    return moe is None or moe.router.capacity_factor is None
+
+
+def in_pieces(model: Any, tokens: Tensor, sizes: Sequence[int], mask: Tensor | None = None) -> Tensor:
+    """Logits [B, S, V] of tokens [B, S], computed in pieces of the given sizes."""
+    cache, done, logits = None, 0, []
+    with torch.no_grad():
+        for size in sizes:
+            upto = done + size
+            seen = None if mask is None else mask[:, :upto]
+            part, cache = model.extend(tokens[:, done:upto], cache, mask=seen)
+            require(part.shape[:2] == (len(tokens), size), f"extend gives logits {tuple(part.shape)} for {size} tokens")
+            logits.append(part)
+            done = upto
+    return torch.cat(logits, dim=1)
+
+
+def splits(length: int) -> list[tuple[int, ...]]:
+    """Ways to cut a sequence: whole, all but the last, token by token, halves, and three uneven pieces."""
+    some = [(length,), (length - 1, 1), (1,) * length, (length - length // 3, length // 3)]
+    if length == 16:
+        some += [(10, 6), (7, 1, 8)]
+    return some
+
+
+@conformance(
+    "attention.any-split-equals-one-pass",
+    clause="architecture.attention",
+    needs=("forward", "cache"),
+    kills=(
+        "cached-prefill-sees-ahead",
+        "chunk-starts-afresh",
+        "decode-position-off-by-one",
+        "cache-keeps-too-little",
+        "decode-sees-one-less",
+    ),
+    applies=splittable,
+)
+def test_any_split_equals_one_pass(case: Case) -> None:
+    """Prefill and decode in pieces of any sizes give the logits of one pass."""
+    model = case.model()
+    window = None if case.architecture is None else case.architecture.attention.window
+    lengths = (16,) if window is None else (16, window - 1, window, window + 1)
+    batches = [case.tokens(2, length) for length in lengths]
+    for tokens in batches:
+        bound = margin(case, model, tokens)
+        note_share(case, bound.comparable)
+        with torch.no_grad():
+            whole = model.forward(tokens)
+        for sizes in splits(tokens.shape[1]):
+            pieces = in_pieces(model, tokens, sizes)
+            what = f"logits of {tokens.shape[1]} tokens in pieces of {list(sizes)}"
+            agree(pieces, whole, 2 * bound.radius, what=what, where=bound.comparable, stage="cache")
+
+
+@conformance(
+    "attention.padding-before-a-cache-is-irrelevant",
+    clause="architecture.attention",
+    needs=("forward", "cache"),
+    kills=("positions-count-padding", "cache-forgets-padding", "padding-poisons"),
+    applies=splittable,
+)
+def test_padding_before_a_cache_is_irrelevant(case: Case) -> None:
+    """Sequences padded on the left, prefilled and then decoded, give what each gives alone in one pass."""
+    model = case.model()
+    tokens = case.tokens(3, 16)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    for row, pads in enumerate((5, 0, 2)):
+        mask[row, :pads] = False
+    bound = margin(case, model, tokens, mask=mask)
+    note_share(case, bound.comparable[mask])
+    for sizes in ((16,), (10, 6), (11, *(1,) * 5), (7, 1, 8)):
+        pieces = in_pieces(model, tokens, sizes, mask)
+        finite(pieces, "logits at real tokens", where=mask)
+        for row, real in enumerate(mask):
+            with torch.no_grad():
+                alone = model.forward(tokens[row][real][None])[0]
+            own = bound.pick((row, real))
+            what = f"logits of sequence {row}, padded on the left, in pieces of {list(sizes)}"
+            agree(pieces[row][real], alone, 2 * own.radius, what=what, where=own.comparable, stage="cache")
+
+
+@conformance(
+    "attention.a-cache-may-be-used-twice",
+    clause="architecture.attention",
+    needs=("cache",),
+    kills=("cache-shared-between-calls",),
+    level="SHOULD",
+    applies=splittable,
+)
+def test_a_cache_may_be_used_twice(case: Case) -> None:
+    """Going on from a cache leaves it as it was: another continuation gives what it gives afresh."""
+    model = case.model()
+    start, one, two = case.tokens(2, 9), case.tokens(2, 4), case.tokens(2, 4)
+    bound = margin(case, model, torch.cat([start, two], dim=1)).pick((slice(None), slice(9, None)))
+    note_share(case, bound.comparable)
+    with torch.no_grad():
+        _, fresh = model.extend(start, None)
+        expected, _ = model.extend(two, fresh)
+        _, shared = model.extend(start, None)
+        model.extend(one, shared)
+        after, _ = model.extend(two, shared)
+    agree(after, expected, 2 * bound.radius, what="logits of a second continuation", where=bound.comparable, stage="cache")

@@ -1,0 +1,163 @@
+"""The command line: no torch where none is needed, one sentence for every mistake, pytest for every run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness import cli
+from harness.results.runfile import read
+from suites.selftest.stubs import ODD, ROOT, environment, moe_harness
+
+MIXTRAL = str(ROOT / "specs" / "mixtral-8x7b.toml")
+
+
+def run(*arguments: str) -> int:
+    """The exit code of a command in this process."""
+    with pytest.raises(SystemExit) as ending:
+        cli.main(arguments)
+    return int(ending.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--help",),
+        ("describe", "mixtral-8x7b"),
+        ("describe", "gpt4-leak", "--json"),
+        ("audit", "gpt4-leak"),
+        ("solve", "gpt4-leak"),
+        ("spec", "validate", MIXTRAL),
+        ("list", "specs"),
+    ],
+    ids=lambda arguments: "-".join(arguments[:2]).replace("--", ""),
+)
+def test_what_needs_no_torch_imports_none(arguments: tuple[str, ...]) -> None:
+    """Describing, auditing and checking a spec start no tensor library."""
+    program = (
+        "import sys\nfrom harness.cli import main\ntry:\n    main()\nfinally:\n    "
+        "print(sorted({'torch', 'transformers', 'pytest'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr.strip()) == (0, "[]")
+
+
+def test_describe_gives_the_same_facts_as_text_markdown_and_json(capsys: pytest.CaptureFixture[str]) -> None:
+    """The exact count of Mixtral is in all three formats."""
+    shown = []
+    for form in ("plain", "markdown", "json"):
+        assert run("describe", "mixtral-8x7b", "--format", form) == 0
+        shown.append(capsys.readouterr().out)
+    assert "46,702,792,704" in shown[0]
+    assert "| total" in shown[1]
+    assert json.loads(shown[2])["parameters"]["total"] == 46702792704
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (("describe", "mixtrl"), 78, 'did you mean "mixtral-8x7b"?'),
+        (("describe", "mixtral-8x7b", "--context", "0"), 4, "--context"),
+        (("describe",), 4, "Missing argument 'SPEC'"),
+        (("descrbe",), 4, "No such command 'descrbe'"),
+        (("audit", "nothing-leaked"), 78, "nothing-leaked: no such spec"),
+        (("solve", "nothing-leaked"), 78, "nothing-leaked: no such spec"),
+        (("spec", "validate", "."), 78, ".: is a directory"),
+        (("spec", "import", "absent.json"), 78, "absent.json"),
+        (("spec", "show", "absent"), 78, "absent: no such spec"),
+        (("gate", "absent.jsonl"), 78, "absent.jsonl: cannot be read"),
+        (("compare", MIXTRAL, MIXTRAL), 78, "mixtral-8x7b.toml:1: the line is cut off or is not JSON"),
+        (("list", "everything"), 4, "everything"),
+    ],
+    ids=lambda value: "-".join(value[:3]) if isinstance(value, tuple) and len(value[0]) < 20 else None,
+)
+def test_a_mistake_ends_in_one_sentence(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], code: int, sentence: str
+) -> None:
+    """A mistake of the user's is one line on stderr, nothing on stdout, and pytest's 4 or our 78."""
+    assert run(*arguments) == code
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("moe-harness: ")
+    assert sentence in shown.err
+    assert shown.err.count("\n") == 1
+
+
+def test_a_bug_of_ours_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """An unforeseen exception is exit code 70 and a sentence that says how to see the traceback."""
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a count was 0")
+
+    monkeypatch.setattr("harness.spec.load", broken)
+    assert run("describe", "dbrx") == 70
+    shown = capsys.readouterr().err
+    assert shown == (
+        "moe-harness: a bug of the harness, ZeroDivisionError: a count was 0; --debug shows the traceback\n"
+    )
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["describe", "dbrx", "--debug"])
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    """`moe-harness list specs | head -1` prints a line and nothing else."""
+    command = f"{sys.executable} -c 'from harness.cli import main; main()' describe dbrx | head -1"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("Parameters\n", "")
+
+
+def test_a_spec_is_imported_validated_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What `spec show` prints is the file, and `spec validate` accepts it."""
+    assert run("spec", "show", "dbrx") == 0
+    copy = tmp_path / "copy.toml"
+    copy.write_text(capsys.readouterr().out)
+    assert copy.read_bytes() == (ROOT / "specs" / "dbrx.toml").read_bytes()
+    assert run("spec", "validate", str(copy), MIXTRAL) == 0
+    assert capsys.readouterr().out.count(": valid (") == 2
+
+
+def test_lists_name_what_can_be_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """Specs, implementations and properties are listed with what a user needs to choose."""
+    for what, found in (
+        ("specs", "gpt4-leak"),
+        ("implementations", "transformers:mixtral"),
+        ("properties", "routing.selects-k-distinct"),
+    ):
+        assert run("list", what, "--format", "markdown") == 0
+        assert f"| {found} " in capsys.readouterr().out
+
+
+def test_check_is_pytest_on_the_suites(tmp_path: Path) -> None:
+    """`check` hands its arguments to pytest, its exit code back, and the canary is caught in earnest."""
+    done = moe_harness(
+        "check",
+        "--impl",
+        f"{ODD}good",
+        "-k",
+        "capabilities or causal",
+        "--run-file",
+        str(tmp_path / "run.jsonl"),
+    )
+    found = read(tmp_path / "run.jsonl")
+    assert found.footer.canary is not None
+    assert found.footer.canary.caught, found.footer.canary.reason
+    assert done.returncode in (0, 1), done.stdout
+    assert f"(exit code {done.returncode})" in done.stdout
+    assert moe_harness("check", "--impl", "refrence").returncode == 78
+    assert moe_harness("check", "--no-such-option").returncode == 4
