@@ -9,6 +9,8 @@ and one under pytest-xdist share every line below. Nothing here imports torch be
 
 from __future__ import annotations
 
+import argparse
+import math
 from collections.abc import Generator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -79,11 +81,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--telemetry", action="store_true", help="sample power, clocks, memory and host time per property")
     add(
         "--timeout-property",
-        type=float,
+        type=_seconds,
         default=DEFAULT_TIMEOUT_S,
         metavar="SECONDS",
         help="a property that takes longer has failed (default: %(default)s)",
     )
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"it is {text}; give a number of seconds above 0")
+    return value
 
 
 def pytest_configure(config: pytest.Config) -> None:

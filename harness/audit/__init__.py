@@ -1,4 +1,4 @@
-"""Can the claims of a spec be true together? Verdicts, smallest conflicts, and the dimensions that are left."""
+"""Can the claims of a spec be true together? Verdicts, smallest conflicts, dimensions that are left."""
 
 from harness.audit.explain import explain
 from harness.audit.report import Audit, Disagreement, audit

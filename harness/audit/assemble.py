@@ -1,4 +1,4 @@
-"""From a spec to blocks of completions: which claims can be judged, over which axes, and which cannot, and why."""
+"""From a spec to blocks of completions: which claims are judged over which axes, and which cannot be."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Case:
 
 
 def assemble(spec: Spec) -> Case:
-    """Lay out every claim, and evaluate every block. Raises SpecError on a claim that names things wrongly."""
+    """Lay out every claim, and evaluate every block. Raises SpecError on a claim that names things wrong."""
     figures = {claim.id: _figures(claim) for claim in spec.claims}
     unjudged: dict[str, str] = {}
     members: dict[str, list[tuple[Claim, Quantity]]] = {}
@@ -73,9 +73,9 @@ def assemble(spec: Spec) -> Case:
             members.setdefault(quantity.block, []).append((claim, quantity))
         else:
             variables.append(claim)
-    stated = frozenset(
-        claim.quantity.removeprefix("architecture.") for claim in variables if claim.quantity.startswith("architecture.")
-    )
+    prefix = "architecture."
+    named = [claim.quantity for claim in variables if claim.quantity.startswith(prefix)]
+    stated = frozenset(name.removeprefix(prefix) for name in named)
     whole = architecture_axes(spec, stated)
     names = {block: _axis_names(quantities, whole) for block, quantities in members.items()}
     for claim in variables:
@@ -85,7 +85,7 @@ def assemble(spec: Spec) -> Case:
             members.setdefault(block, []).append((claim, _variable(claim.quantity, block)))
     for block, axes in names.items():
         if block != ARCHITECTURE:
-            linked = [claim for claim in spec.claims if claim.quantity in LINKS and claim.quantity in axes]
+            linked = [claim for claim in spec.claims if _is_link(claim) and claim.quantity in axes]
             members[block] += [
                 (claim, _variable(claim.quantity, block)) for claim in linked if claim.id not in unjudged
             ]
@@ -104,8 +104,10 @@ def _evaluated(
     tests: Mapping[str, list[Test]],
     names: Mapping[str, tuple[str, ...]],
 ) -> tuple[Block, ...]:
-    """The blocks, that of the architecture first: it computes the spans of the links that others range over."""
-    links = [link for link in LINKS if any(link in axes for block, axes in names.items() if block != ARCHITECTURE)]
+    """The blocks; first that of the architecture, which computes the spans of the others' links."""
+    links = [
+        link for link in LINKS if any(link in axes for block, axes in names.items() if block != ARCHITECTURE)
+    ]
     blocks: list[Block] = []
     spans: Mapping[str, tuple[float, float]] = {}
     try:
@@ -132,7 +134,7 @@ def _axis(
     figures: Mapping[str, tuple[Figure, ...]],
 ) -> Axis:
     if name in LINKS:
-        claims = [claim.id for claim in spec.claims if claim.quantity == name]
+        claims = [claim.id for claim in spec.claims if claim.quantity == name and _is_link(claim)]
         found = [figure for claim in claims for figure in figures[claim]]
         intervals = [f.interval for f in found if f.interval is not None and not f.reason]
         ends = [(i.low, i.high) for i in intervals if -inf < i.low and i.high < inf]
@@ -145,13 +147,20 @@ def _axis(
     return axis
 
 
-def _tests(members: Iterable[tuple[Claim, Quantity]], figures: Mapping[str, tuple[Figure, ...]]) -> list[Test]:
+def _tests(
+    members: Iterable[tuple[Claim, Quantity]], figures: Mapping[str, tuple[Figure, ...]]
+) -> list[Test]:
     return [
         Test(claim, figure.readings, quantity, figure.interval, figure.unit)
         for claim, quantity in members
         for figure in figures[claim.id]
         if figure.interval is not None and not figure.reason
     ]
+
+
+def _is_link(claim: Claim) -> bool:
+    """Whether a claim states the value of a link: other blocks take the count of everything."""
+    return claim.quantity in LINKS and claim.given.get("convention") == "all"
 
 
 def _axis_names(members: Iterable[tuple[Claim, Quantity]], whole: tuple[Axis, ...]) -> tuple[str, ...]:
@@ -194,7 +203,11 @@ def _has_axis(spec: Spec, name: str) -> bool:
     if name == ARCHITECTURE or name in LINKS:
         return True
     table, _, key = name.partition(".")
-    known: Mapping[str, Any] = {"architecture": spec.leaves, "training": spec.training, "serving": spec.serving}[table]
+    known: Mapping[str, Any] = {
+        "architecture": spec.leaves,
+        "training": spec.training,
+        "serving": spec.serving,
+    }[table]
     return key in known
 
 
@@ -204,7 +217,9 @@ def _check_given(spec: Spec, claim: Claim, quantity: Quantity) -> None:
     for name in claim.given:
         if name not in taken:
             wrong = f"{name} is no constant of {quantity.name}"
-            raise SpecError(sentence(spec.path, claim.line, f"{claim.id}.given", wrong, did_you_mean(name, taken)))
+            raise SpecError(
+                sentence(spec.path, claim.line, f"{claim.id}.given", wrong, did_you_mean(name, taken))
+            )
     for name in quantity.given:
         if name not in claim.given:
             wrong = f"{quantity.name} needs the constant {name}"
@@ -224,7 +239,9 @@ def _figures(claim: Claim) -> tuple[Figure, ...]:
 def _figure(claim: Claim, readings: tuple[Reading, ...]) -> Figure:
     value, unit = readings[0].value, unit_of(readings[0])
     if unit is None:
-        return Figure(readings, None, Unit(""), f"the unit {readings[0].unit!r} is none of {', '.join(UNITS)}")
+        return Figure(
+            readings, None, Unit(""), f"the unit {readings[0].unit!r} is none of {', '.join(UNITS)}"
+        )
     if value in _STATEMENTS:
         return Figure(readings, _STATEMENTS[value], unit)
     if not is_figure(value):

@@ -70,7 +70,9 @@ def _numbers(spec: Spec, leaf: Leaf, values: Iterable[Any]) -> tuple[float, ...]
     values = list(values)
     if not all(isinstance(value, (bool, int, float)) for value in values):
         wrong = "ranges over values that are not numbers, which the audit cannot compute with"
-        raise SpecError(sentence(spec.path, leaf.line, f"architecture.{leaf.path}", wrong, "give it one value"))
+        raise SpecError(
+            sentence(spec.path, leaf.line, f"architecture.{leaf.path}", wrong, "give it one value")
+        )
     return tuple(float(value) for value in values)
 
 
@@ -110,8 +112,13 @@ def architecture_axes(spec: Spec, stated: frozenset[str]) -> tuple[Axis, ...]:
     ]
     known = {f"architecture.{path}": path for path in spec.leaves}
     named = {axis.name for axis in axes}
-    axes += [leaf_axis(spec, spec.leaves[known[a.of]], stated=False) for a in axes if a.of and a.of not in named]
-    axes += [leaf_axis(spec, spec.leaves[path], stated=False) for path in _TOGETHER & set(spec.leaves) - _paths(axes)]
+    axes += [
+        leaf_axis(spec, spec.leaves[known[a.of]], stated=False) for a in axes if a.of and a.of not in named
+    ]
+    axes += [
+        leaf_axis(spec, spec.leaves[path], stated=False)
+        for path in _TOGETHER & set(spec.leaves) - _paths(axes)
+    ]
     free = sorted((axis for axis in axes if axis.of is None), key=len, reverse=True)
     placed = {axis.name: axis for axis in free}
     while len(placed) < len({axis.name for axis in axes}):
@@ -156,7 +163,10 @@ def _grid(axes: Sequence[Axis]) -> Grid:
 def _buildable(values: Mapping[str, Numbers]) -> NDArray[np.bool_]:
     """What `Architecture` demands of leaves together."""
     fits = np.array(True)
-    heads, groups = values.get("architecture.attention.n_heads"), values.get("architecture.attention.n_kv_heads")
+    heads, groups = (
+        values.get("architecture.attention.n_heads"),
+        values.get("architecture.attention.n_kv_heads"),
+    )
     if heads is not None and groups is not None:
         fits = fits & (np.mod(heads, groups) == 0)
     experts, top_k = values.get("architecture.moe.n_experts"), values.get("architecture.moe.top_k")

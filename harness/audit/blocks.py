@@ -1,8 +1,8 @@
 """Every claim put to every completion: which of them hold where, as bit patterns.
 
-A *test* is one figure that sources print, put to one quantity over one block of axes. At each completion the
-block has a pattern, bit i of which says whether test i holds there. What an audit needs is in the set of patterns
-that occur, which is small however many completions there are.
+A *test* is one figure that sources print, put to one quantity over one block of axes. At each completion
+the block has a pattern, bit i of which says whether test i holds there. What an audit needs is in the set of
+patterns that occur, which is small however many completions there are.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.audit.axes import Axis, Grid, Numbers, chunks
-from harness.audit.quantities import ARCHITECTURE, QUANTITIES, argument
+from harness.audit.quantities import ARCHITECTURE, LINKS, QUANTITIES, argument
 from harness.audit.quantity import Quantity, Range
 from harness.audit.units import UNITS, Unit
 from harness.spec import Architecture, Claim, Reading, Spec
 from harness.spec.printed import Interval
+from harness.theory import parameters
 
 Patterns = NDArray[np.int64]
 Codes = NDArray[np.uint16] | NDArray[np.uint32]
@@ -40,9 +41,31 @@ class Test:
     """As printed, in the readings' own unit."""
     unit: Unit
 
-    def range(self, values: Values) -> Range:
-        """The quantity at every completion, in its own dimension."""
-        return values.of(self.quantity, self.claim.given)
+    @property
+    def conventions(self) -> tuple[str, ...]:
+        """Those that the figure may be counted under, where that is the claim's to say and it does not."""
+        if "convention" not in self.quantity.optional or self.quantity.name not in LINKS:
+            return ()
+        if "convention" in self.claim.given:
+            return ()
+        return tuple(name for name in parameters.CONVENTIONS if name != "experts")  # a part, and no model's size
+
+    def ranges(self, values: Values) -> tuple[Range, ...]:
+        """The quantity at every completion in its own dimension, under each convention that it may have."""
+        given = self.claim.given
+        variants = [{**given, "convention": name} for name in self.conventions] or [dict(given)]
+        return tuple(values.of(self.quantity, one) for one in variants)
+
+    def admitting(self, values: Values) -> tuple[str, ...]:
+        """The conventions under which the figure holds at some completion."""
+        ranges = zip(self.conventions, self.ranges(values), strict=False)
+        return tuple(name for name, one in ranges if self._holds(one, self.unit).any())
+
+    def span(self, values: Values) -> tuple[float, float]:
+        """The least and the largest value over all completions, in the figure's own unit."""
+        ranges = self.ranges(values)
+        low, high = min(float(r.low.min()) for r in ranges), max(float(r.high.max()) for r in ranges)
+        return low / self.unit.factor, high / self.unit.factor
 
     @property
     def fits(self) -> bool:
@@ -50,9 +73,12 @@ class Test:
         return self.quantity.dimension in ("", self.unit.dimension) or not self.unit.dimension
 
     def holds(self, values: Values, unit: Unit | None = None) -> NDArray[np.bool_]:
-        """Where theory admits the figure, read in its own unit or in another one of the quantity's dimension."""
-        unit = unit or self.unit
-        low, high = self.range(values)
+        """Where theory admits the figure, read in its own unit or in another one of the same dimension."""
+        found = [self._holds(one, unit or self.unit) for one in self.ranges(values)]
+        return found[0] if len(found) == 1 else np.logical_or.reduce(np.broadcast_arrays(*found))
+
+    def _holds(self, range_: Range, unit: Unit) -> NDArray[np.bool_]:
+        low, high = range_
         span = self.interval
         fits = np.array(True)
         if span.low > -np.inf:
@@ -76,12 +102,14 @@ class Values:
     def architecture(self) -> Architecture:
         """The spec's architecture with arrays for its axes."""
         prefix = "architecture."
-        given = {name.removeprefix(prefix): array for name, array in self.axes.items() if name.startswith(prefix)}
+        given = {
+            name.removeprefix(prefix): array for name, array in self.axes.items() if name.startswith(prefix)
+        }
         return self.spec.vectorised(given)
 
     def of(self, quantity: Quantity, given: Mapping[str, Any]) -> Range:
         """Bounds of a quantity under a claim's constants."""
-        key = (quantity.name, repr(sorted(given.items())))
+        key = (quantity.name, repr(sorted(item for item in given.items() if item != ("convention", "all"))))
         if key not in self._known:
             arguments = {argument(axis): self[axis] for axis in quantity.axes}
             self._known[key] = quantity.range(arguments, given)
@@ -149,7 +177,9 @@ class Block:
         return table
 
 
-def evaluate(name: str, spec: Spec, axes: tuple[Axis, ...], tests: Sequence[Test], links: Sequence[str]) -> Block:
+def evaluate(
+    name: str, spec: Spec, axes: tuple[Axis, ...], tests: Sequence[Test], links: Sequence[str]
+) -> Block:
     """Run every test at every completion; `links` are those whose span the block is asked for.
 
     Raises ValueError if there are more than MAX_TESTS tests, or no completion is feasible.
@@ -181,7 +211,7 @@ def _codes(grid: Grid, tests: Sequence[Test], values: Values, bad: int) -> Codes
     by_shape: dict[tuple[int, ...], Codes] = {}
     for bit, test in enumerate(tests):
         holds = np.asarray(test.holds(values))
-        part = holds.astype(kind) << kind(bit)
+        part: Codes = np.multiply(holds, 1 << bit, dtype=kind)
         by_shape[holds.shape] = by_shape[holds.shape] | part if holds.shape in by_shape else part
     total: Codes = np.zeros((), dtype=kind)
     for part in sorted(by_shape.values(), key=np.size):
@@ -200,7 +230,9 @@ def link_axis(name: str, span: tuple[float, float], stated: Sequence[tuple[float
     if low == high:
         return Axis(name, (low,))
     fine = [value for ends in stated for value in np.linspace(*ends, 9).tolist()]
-    return Axis(name, tuple(sorted({*np.geomspace(low, high, 60).tolist(), *(v for v in fine if low <= v <= high)})))
+    return Axis(
+        name, tuple(sorted({*np.geomspace(low, high, 60).tolist(), *(v for v in fine if low <= v <= high)}))
+    )
 
 
 def unit_of(reading: Reading) -> Unit | None:

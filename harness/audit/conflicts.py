@@ -1,8 +1,9 @@
 """Smallest sets of claims that no completion satisfies together, from the patterns that occur.
 
-A set is in conflict if, and only if, it meets the complement of every pattern: each completion then breaks one of
-its members. The smallest such sets are the minimal hitting sets of those complements (Reiter 1987, A theory of
-diagnosis from first principles; enumerated as Berge 1989, Hypergraphs, chapter 2, does). Sets are bits of an int.
+A set is in conflict if, and only if, it meets the complement of every pattern: each completion then breaks
+one of its members. The smallest such sets are the minimal hitting sets of those complements (Reiter 1987, A
+theory of diagnosis from first principles), found one complement after the other (Berge 1989, Hypergraphs,
+chapter 2). Sets are bits of an int.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def _verdict(judged: Judged, verdict: Verdict) -> Iterator[str]:
 def _finding(spec: Spec, finding: Finding) -> Iterator[str]:
     quantity = finding.test.quantity
     share = f"{finding.holding:,} of {finding.admitted:,}"
-    yield f"  {quantity.name} is {theory(finding)} over what the other claims admit; holds in {share} completions"
+    yield f"  {quantity.name} is {theory(finding)} where the other claims hold; fits in {share} completions"
     yield f"    {derivation(spec, finding)}"
     where = dimensions(spec, finding.example)
     if where:
@@ -71,7 +71,9 @@ def derivation(spec: Spec, finding: Finding) -> str:
     """The formula, with numbers, at the finding's example: symbols = numbers = result."""
     quantity, claim = finding.test.quantity, finding.test.claim
     arrays = {name: np.array([value]) for name, value in finding.example.items()}
-    result = quantity.range({argument(axis): Values(spec, arrays)[axis] for axis in quantity.axes}, claim.given)
+    result = quantity.range(
+        {argument(axis): Values(spec, arrays)[axis] for axis in quantity.axes}, claim.given
+    )
     value = float((result.high if quantity.side == "most" else result.low).reshape(-1)[0])
     unit = f" {quantity.dimension}" if quantity.dimension not in ("", "x") else ""
     if quantity.formula == argument(quantity.name):

@@ -37,14 +37,16 @@ class Optima:
         """
         sides = [side for side in self._sides if claim in side.bits or side.coupled]
         ceiling = sum(side.best(frozenset(), claim)[0] for side in sides)
-        best, chosen = -1, []
+        best = -1
+        chosen: list[frozenset[str]] = []
         for kept, weight in self._subsets(self.shared - {claim}):
             if weight + ceiling < best:
                 break  # subsets come by falling weight: none of the rest can do better
             solved = [side.best(kept, claim)[0] for side in sides]
             score = -1 if min(solved, default=0) < 0 else weight + sum(solved)
             if score > best:
-                best, chosen = score, []
+                best = score
+                chosen.clear()
             if score == best:
                 chosen.append(kept)
         return {
@@ -80,7 +82,7 @@ class _Side:
         self._memo: dict[tuple[frozenset[str], str], tuple[int, Patterns]] = {}
 
     def best(self, kept: frozenset[str], without: str) -> tuple[int, Patterns]:
-        """The largest weight of claims of this block alone, but one, where all of `kept` hold, and its patterns.
+        """The largest weight of this block's own claims but one, where all of `kept` hold, and its patterns.
 
         The weight is -1 if they cannot all hold.
         """

@@ -29,8 +29,8 @@ class Quantity:
     """A closed form over one block of axes.
 
     `side` "least" ("most"): theory knows a bound only, and the quantity may be anything from it upwards
-    (downwards). `given` names constants that a claim must bring, `optional` those that it may; it may also fix an
-    axis. A constant that is printed as a figure stands for the interval of its rounding.
+    (downwards). `given` names constants that a claim must bring, `optional` those that it may; it may also
+    fix an axis. A constant that is printed as a figure stands for the interval of its rounding.
     """
 
     name: str
@@ -52,9 +52,13 @@ class Quantity:
         A figure among the `given` constants is taken at both ends of its interval: every closed form here is
         monotone in each of them.
         """
-        constants = {name: _ends(given[name]) for name in (*self.given, *self.optional, *arguments) if name in given}
+        constants = {
+            name: _ends(given[name]) for name in (*self.given, *self.optional, *arguments) if name in given
+        }
         corners = [
-            np.asarray(self.compute(**{**arguments, **dict(zip(constants, ends, strict=True))}), dtype=np.float64)
+            np.asarray(
+                self.compute(**{**arguments, **dict(zip(constants, ends, strict=True))}), dtype=np.float64
+            )
             for ends in product(*constants.values())
         ]
         low, high = corners[0], corners[0]

@@ -75,9 +75,10 @@ class Audit:
         }
 
     def tables(self) -> list[Table]:
-        """For people: verdicts, disagreements, conflicts, what is not yet judged, and over what it was searched."""
+        """For people: verdicts, disagreements, conflicts, what is not yet judged, and what was searched."""
         if not self.verdicts:
-            return [Table(f"{self.spec.name} states no claims: there is nothing to judge", (), ())]
+            title = f"{self.spec.name} states no claims: there is nothing to judge"
+            return [Table(title, (), ())]
         return list(self._tables())
 
     def _tables(self) -> Iterator[Table]:
@@ -124,7 +125,7 @@ class Audit:
         if verdict.outcome == "undetermined":
             return decided(verdict.decisive) if verdict.decisive else ""
         if verdict.outcome != "contradicts":
-            return ""
+            return verdict.reason
         if verdict.slips:
             return f"admitted if read {' or '.join(verdict.slips)}"
         conflicts = about(self.conflicts, verdict)
@@ -160,7 +161,8 @@ class Audit:
             "kind": verdict.claim.kind,
             "quantity": verdict.claim.quantity,
             "printed": [
-                {"value": r.value, "unit": r.unit, "sources": list(r.sources)} for r in verdict.figure.readings
+                {"value": r.value, "unit": r.unit, "sources": list(r.sources)}
+                for r in verdict.figure.readings
             ],
             "interval": None if interval is None else [_end(interval.low), _end(interval.high)],
             "verdict": verdict.outcome,

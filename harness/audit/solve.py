@@ -23,7 +23,7 @@ _SHOWN = (*LINKS, "parameters.expert", "parameters.attention")
 
 @dataclass(frozen=True)
 class Option:
-    """A largest set of claims that can hold together: what it gives up, and how many completions it leaves."""
+    """A largest set of claims that can hold together: what it gives up, and the completions it leaves."""
 
     gives_up: tuple[str, ...]
     completions: int
@@ -76,12 +76,13 @@ class Solution:
 
     def tables(self) -> list[Table]:
         """Options, values of each leaf, and completions."""
-        title = f"{self.spec.name}: {self.completions:,} of {self.searched:,} completions give up the fewest claims"
+        found = f"{self.completions:,} of {self.searched:,} completions"
+        title = f"{self.spec.name}: {found} give up the fewest claims"
         if self.impossible:
             title += f" (no completion satisfies {', '.join(self.impossible)})"
         options = [(", ".join(o.gives_up) or "nothing", o.completions) for o in self.options]
         spread = [
-            (path, len(values), ", ".join(cell(v) for v in values[:12]) + (", ..." if len(values) > 12 else ""))
+            (path, len(values), ", ".join(map(cell, values[:12])) + (", ..." if len(values) > 12 else ""))
             for path, values in self.distinct.items()
         ]
         paths = list(self.distinct)
@@ -99,7 +100,9 @@ class Solution:
             Table(title, ("gives up", "completions"), tuple(options)),
             Table("Values over all of them", ("leaf", "distinct", "values"), tuple(spread)),
             Table(
-                f"Completions: {len(self.rows)} of {self.completions:,}", (*heads, *counts, "gives up"), tuple(rows)
+                f"Completions: {len(self.rows)} of {self.completions:,}",
+                (*heads, *counts, "gives up"),
+                tuple(rows),
             ),
         ]
 
@@ -107,8 +110,8 @@ class Solution:
 def solve(spec: Spec, limit: int = 40, keep: Collection[str] = ()) -> Solution:
     """Search the architecture's completions for those that give up the fewest claims and assumptions.
 
-    `keep`: ids of claims that have to hold. Raises SpecError if one of these is no claim on the architecture, or
-    if they cannot hold together.
+    `keep`: ids of claims that have to hold. Raises SpecError if one of these is no claim on the architecture,
+    or if they cannot hold together.
     """
     found = [block for block in assemble(spec).blocks if block.name == ARCHITECTURE]
     block = found[0] if found else evaluate(ARCHITECTURE, spec, architecture_axes(spec, frozenset()), (), ())
@@ -126,7 +129,8 @@ def solve(spec: Spec, limit: int = 40, keep: Collection[str] = ()) -> Solution:
     broken = [((1 << len(names)) - 1) & ~one & ~hopeless for one in possible]
     least = min(one.bit_count() for one in minimal(broken))
     ours = sum(1 << names.index(test.claim.id) for test in _assumptions(block, names))
-    ranked = sorted({one for one in broken if one.bit_count() == least}, key=lambda one: ((one & ~ours).bit_count(), one))
+    fewest = {one for one in broken if one.bit_count() == least}
+    ranked = sorted(fewest, key=lambda one: ((one & ~ours).bit_count(), one))
     return _solution(spec, block, names, ranked, hopeless, limit)
 
 
@@ -137,13 +141,16 @@ def _assumptions(block: Block, names: list[str]) -> list[Any]:
 
 def _claim_sets(block: Block, names: list[str]) -> list[int]:
     """The patterns of a block as sets of claims; a claim holds where any of its figures does."""
+    places = [names.index(test.claim.id) for test in block.tests]
     return [
-        sum(1 << i for i in {names.index(t.claim.id) for place, t in enumerate(block.tests) if pattern >> place & 1})
+        sum(1 << i for i in {place for bit, place in enumerate(places) if pattern >> bit & 1})
         for pattern in block.patterns.tolist()
     ]
 
 
-def _solution(spec: Spec, block: Block, names: list[str], ranked: list[int], hopeless: int, limit: int) -> Solution:
+def _solution(
+    spec: Spec, block: Block, names: list[str], ranked: list[int], hopeless: int, limit: int
+) -> Solution:
     everything = (1 << len(names)) - 1
     sets = np.array(_claim_sets(block, names), dtype=np.int64)
     rows: list[Found] = []
@@ -159,9 +166,8 @@ def _solution(spec: Spec, block: Block, names: list[str], ranked: list[int], hop
         counts = {name: values.of(QUANTITIES[name], {}).low for name in _SHOWN}
         for place in range(min(share, len(patterns), limit - len(rows))):
             here = {name: float(array[place]) for name, array in values.axes.items()}
-            there = {name: float(np.broadcast_to(array, patterns.shape)[place]) for name, array in counts.items()}
+            there = {name: float(np.broadcast_to(a, patterns.shape)[place]) for name, a in counts.items()}
             rows.append(Found(completion(spec, here), there, given_up))
     impossible = tuple(name for i, name in enumerate(names) if hopeless >> i & 1)
-    spread = {path: tuple(typed(spec, path, value) for value in sorted(values)) for path, values in distinct.items()}
+    spread = {path: tuple(typed(spec, path, v) for v in sorted(values)) for path, values in distinct.items()}
     return Solution(spec, block.completions, impossible, tuple(options), tuple(rows), spread)
-

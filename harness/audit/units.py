@@ -55,10 +55,10 @@ _EXCHANGED: Mapping[str, tuple[str, ...]] = {
 
 
 def slips(printed: str, dimension: str, exact: bool) -> tuple[tuple[str, Unit], ...]:
-    """What a writer may have meant in place of the `printed` unit: how to read it, and the unit of `dimension`.
+    """What a writer may have meant in place of the `printed` unit: how to read it, and its meaning.
 
-    Within FLOP, bytes, money and ratios these are the units in use; elsewhere a factor of a thousand, if theory
-    is exact: a mere bound admits whatever lies far enough on its one side.
+    Within FLOP, bytes, money and ratios these are the units in use; elsewhere a factor of a thousand, if
+    theory is `exact`: a mere bound admits whatever lies far enough on its one side.
     """
     unit = UNITS[printed] if printed else Unit(dimension)
     names = _EXCHANGED.get(unit.dimension)

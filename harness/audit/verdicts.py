@@ -52,6 +52,8 @@ class Finding:
     """How else the unit may be read, so that theory admits the figure."""
     example: Mapping[str, float]
     """One of these completions, where the figure holds if it does anywhere."""
+    conventions: tuple[str, ...]
+    """Those that the figure may be counted under to hold there, if its claim names none."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +71,18 @@ class Verdict:
     def decisive(self) -> Finding | None:
         """The finding that the outcome rests on; None before it is judged."""
         for finding in self.findings:
-            if {"contradicts": 0, "consistent": finding.admitted}.get(self.outcome, finding.holding) == finding.holding:
+            wanted = {"contradicts": 0, "consistent": finding.admitted}
+            if wanted.get(self.outcome, finding.holding) == finding.holding:
                 return finding
         return None
 
     @property
     def slips(self) -> tuple[str, ...]:
         """Readings of the unit that every block admits."""
-        found = [set(finding.slips) for finding in self.findings]
-        return tuple(slip for slip in self.findings[0].slips if all(slip in one for one in found)) if found else ()
+        first, *others = self.findings or (None,)
+        return (
+            tuple(slip for slip in first.slips if all(slip in one.slips for one in others)) if first else ()
+        )
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Release:
-    """A completion at which all of a conflict holds but one member, and what that member's quantity is there."""
+    """A completion where all of a conflict holds but one member, whose quantity is `low` to `high`."""
 
     dropped: Member
     values: Mapping[str, float]
@@ -138,23 +143,31 @@ def judge(spec: Spec) -> Judged:
                 _finding(case.blocks[place], test, admitted[claim.id].get(place), *found[place])
                 for place, test in tests
             )
-            verdicts.append(Verdict(claim, figure, _outcome(findings), findings, _foreign(tests[0][1])))
+            verdicts.append(
+                Verdict(claim, figure, _outcome(findings), findings, _remark(tests[0][1], findings))
+            )
     return Judged(case, tuple(verdicts), tuple(_conflicts(case)))
 
 
-def _selected(block: Block, place: int, admitted: Iterable[Mapping[int, Patterns]]) -> tuple[Values, Patterns]:
+def _selected(
+    block: Block, place: int, admitted: Iterable[Mapping[int, Patterns]]
+) -> tuple[Values, Patterns]:
     wanted = [one[place] for one in admitted if place in one]
     return block.select(np.unique(np.concatenate([*wanted, np.empty(0, dtype=np.int64)])))
 
 
-def _foreign(test: Test) -> str:
-    if test.fits:
+def _remark(test: Test, findings: Sequence[Finding]) -> str:
+    """What a reader has to know beside the figures: a foreign unit, or the conventions that reproduce it."""
+    if not test.fits:
+        return f"printed in {test.unit.dimension}, while the quantity is counted in {test.quantity.dimension}"
+    if not test.conventions:
         return ""
-    return f"printed in {test.unit.dimension}, while the quantity is counted in {test.quantity.dimension}"
+    names = dict.fromkeys(name for finding in findings for name in finding.conventions)
+    return f"as counted under {', '.join(names)}" if names else "under no counting convention"
 
 
 def _outcome(findings: Sequence[Finding]) -> Outcome:
-    """Nowhere in some block: contradicts. Everywhere in some block: consistent, as the others only know less."""
+    """Nowhere in some block: contradicts. Everywhere in some: consistent, as the others only know less."""
     if any(not finding.holding for finding in findings):
         return "contradicts"
     if any(finding.holding == finding.admitted for finding in findings):
@@ -162,15 +175,16 @@ def _outcome(findings: Sequence[Finding]) -> Outcome:
     return "undetermined"
 
 
-def _finding(block: Block, test: Test, admitted: Patterns | None, values: Values, patterns: Patterns) -> Finding:
+def _finding(
+    block: Block, test: Test, admitted: Patterns | None, values: Values, patterns: Patterns
+) -> Finding:
     """`values` are completions of the block that some claim needs, `patterns` theirs."""
-    if admitted is None:  # no figure of the claim fits, so that the block never tested it: it excludes nothing
+    if admitted is None:  # no figure of the claim fits the quantity: the block never tested it
         admitted = block.patterns
         values, patterns = block.select(admitted)
     mask = np.isin(patterns, admitted)
     chosen = Values(values.spec, {name: array[mask] for name, array in values.axes.items()})
     count = int(mask.sum())
-    span = test.range(chosen)
     holds = _spread(test.holds(chosen), count) if test.fits else np.zeros(count, dtype=np.bool_)
     some = 0 < holds.sum() < count
     slipped = () if holds.any() else tuple(
@@ -179,16 +193,17 @@ def _finding(block: Block, test: Test, admitted: Patterns | None, values: Values
         if test.holds(chosen, unit).any()
     )  # fmt: skip
     first = int(np.argmax(holds))
+    example = {name: float(array[first]) for name, array in chosen.axes.items()}
     return Finding(
         test,
         block.name,
         count,
         int(holds.sum()),
-        float(np.min(span.low)) / test.unit.factor,
-        float(np.max(span.high)) / test.unit.factor,
+        *test.span(chosen),
         _decider(chosen.axes, holds) if some else None,
         slipped,
-        {name: float(array[first]) for name, array in chosen.axes.items()},
+        example,
+        test.admitting(Values(values.spec, {name: np.array([value]) for name, value in example.items()})),
     )
 
 
@@ -215,7 +230,8 @@ def _conflicts(case: Case) -> list[Conflict]:
     """Every minimal conflict with at most one figure of each claim, those with the fewest members first."""
     found: list[tuple[frozenset[object], Conflict]] = []
     for block in case.blocks:
-        sets = [members_of(bits) for bits in minimal_conflicts(block.patterns.tolist(), (1 << len(block.tests)) - 1)]
+        everything = (1 << len(block.tests)) - 1
+        sets = [members_of(bits) for bits in minimal_conflicts(block.patterns.tolist(), everything)]
         sets = [places for places in sets if len({block.tests[i].claim.id for i in places}) == len(places)]
         found += [
             (frozenset((block.tests[i].claim.id, block.tests[i].readings) for i in places), conflict)
@@ -249,8 +265,7 @@ def _explained(case: Case, block: Block, sets: Sequence[Sequence[int]]) -> list[
         releases = []
         for i in places if len(places) > 1 else ():
             values = witnesses[pattern[number, i]]
-            span = block.tests[i].range(Values(case.spec, {name: np.array([v]) for name, v in values.items()}))
-            low, high = (float(end.reshape(-1)[0]) / block.tests[i].unit.factor for end in span)
-            releases.append(Release(members[i], values, low, high))
+            here = Values(case.spec, {name: np.array([value]) for name, value in values.items()})
+            releases.append(Release(members[i], values, *block.tests[i].span(here)))
         conflicts.append(Conflict(block.name, tuple(members.values()), tuple(releases)))
     return conflicts

@@ -41,7 +41,7 @@ def span(low: float, high: float, unit: str = "") -> str:
 
 
 def theory(finding: Finding) -> str:
-    """What theory says of a figure, over the completions that the other claims admit; bounds at their loosest."""
+    """What theory says of a figure, where the other claims hold; a bound at its loosest."""
     side: Side = finding.test.quantity.side
     unit = finding.test.readings[0].unit
     if not finding.test.fits:
@@ -74,7 +74,8 @@ def decided(finding: Finding) -> str:
     if decider.axis == finding.test.quantity.name:
         return f"the other claims leave it open: {listed(sorted({*decider.holds, *decider.fails}))}"
     if decider.alone:
-        return f"{short(decider.axis)} decides: holds at {listed(decider.holds)}, fails at {listed(decider.fails)}"
+        at, off = listed(decider.holds), listed(decider.fails)
+        return f"{short(decider.axis)} decides: holds at {at}, fails at {off}"
     both = sorted(set(decider.holds) & set(decider.fails))
     return f"no unknown decides alone, {short(decider.axis)} comes nearest: open at {listed(both)}"
 

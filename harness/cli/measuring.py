@@ -1,17 +1,58 @@
-"""bench: how fast, beside a floor that was measured in the same run."""
+"""bench: how fast, beside a floor that is measured in the same run."""
 
 from __future__ import annotations
 
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
 import typer
+
+from harness.cli.printing import Format, FormatOption, show
+
+
+class DType(StrEnum):
+    """In which a layer can be measured."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
 
 
 def add_to(app: typer.Typer) -> None:
     """Register the group."""
     group = typer.Typer(rich_markup_mode=None, help="Measure speed.")
+    group.callback()(lambda: None)  # with one command alone, typer would make no group of it
     group.command()(layer)
-    group.callback()(lambda: None)
     app.add_typer(group, name="bench")
 
 
-def layer() -> None:
-    """The reference layer beside plain matmuls of the same FLOPs."""
+def layer(
+    tokens: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tokens (repeatable; default: 512 and 4096).")
+    ] = None,
+    dtype: Annotated[list[DType] | None, typer.Option(help="Repeatable; default: both.")] = None,
+    rounds: Annotated[int, typer.Option(min=2, help="Turns that each candidate takes.")] = 7,
+    seed: Annotated[int, typer.Option(help="Of weights and tokens.")] = 0,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="A Markdown file to write.")] = None,
+    form: FormatOption = Format.plain,
+) -> None:
+    """The reference's MoE layer beside plain matmuls of the same FLOPs, and beside transformers."""
+    import torch
+
+    from harness.reference import benchmark
+    from harness.telemetry import machine
+    from harness.theory.describe import Table
+
+    rows = benchmark.layer(
+        tokens=tokens or (512, 4096),
+        dtypes=[getattr(torch, one.value) for one in dtype or DType],
+        rounds=rounds,
+        seed=seed,
+        progress=lambda step: typer.echo(step, err=True),
+    )
+    facts = machine()
+    where = f"On {facts['cpu']}, {facts['system']}, torch {facts['torch']}."
+    if output is not None:
+        benchmark.write(output, rows, where)
+    title = f"One MoE layer, forward, one thread. {where}"
+    show([Table(title, benchmark.COLUMNS, tuple(map(benchmark.cells, rows)))], form)

@@ -1,7 +1,7 @@
 """How fast one MoE layer is, beside plain matmuls of the same FLOPs and beside transformers, in one run.
 
-Letters: T tokens, D d_model, F d_ff, K top-k. A layer is router, K gated experts of each token, and combine:
-6 T K D F FLOPs in its experts. The floor is two plain matmuls of that many FLOPs, [T K, D] by
+Letters: T tokens, D d_model, F d_ff, E experts, K top-k. A layer is router, K gated experts of each token,
+and combine: 6 T K D F FLOPs in its experts. The floor is two plain matmuls of that many FLOPs, [T K, D] by
 [D, 2 F] and [T K, F] by [F, D], with no router, activation or movement of rows.
 
 Candidates take turns within every round, so that what disturbs the machine disturbs all of them. Time is
@@ -30,13 +30,11 @@ from harness.reference.oracle.moe import mixture
 from harness.reference.weights import draw_one
 from harness.spec import architecture as spec
 
-D_MODEL, D_FF, N_EXPERTS, TOP_K = 1024, 3584, 8, 2
-SPEC = spec.Moe(n_experts=N_EXPERTS, top_k=TOP_K, expert=spec.FeedForward(d_ff=D_FF))
 CHECKED = 16
 """Tokens that are compared with the oracle."""
 TOLERANCE: Mapping[torch.dtype, float] = MappingProxyType({torch.float32: 1e-5, torch.bfloat16: 2e-2})
-"""Of |output - oracle| / |oracle|: rounding, 2^-24 or 2^-8, of each of three layers' results and, averaged out
-over 1024 and 3584 terms, inside them; with a decade of room in float32 and a factor of 5 in bfloat16."""
+"""Of |output - oracle| / |oracle|: rounding, 2^-24 or 2^-8, of each of three layers' results and, averaged
+out, inside them; with a decade of room in float32 and a factor of 5 in bfloat16."""
 FLOOR = "two plain matmuls"
 REFERENCE = "reference"
 
@@ -44,6 +42,22 @@ COLUMNS = ("dtype", "tokens", "layer", "ratio to the floor", "ms CPU", "median",
 
 Layer = Callable[[Tensor], Tensor]
 """[T, D] -> [T, D]."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The layer that is measured: Mixtral's routing at a quarter of its width."""
+
+    d_model: int = 1024
+    d_ff: int = 3584
+    n_experts: int = 8
+    top_k: int = 2
+
+    @property
+    def moe(self) -> spec.Moe:
+        """As a spec says it."""
+        expert = spec.FeedForward(d_ff=self.d_ff)
+        return spec.Moe(n_experts=self.n_experts, top_k=self.top_k, expert=expert)
 
 
 @dataclass(frozen=True)
@@ -65,6 +79,7 @@ class Row:
 
 
 def layer(
+    shape: Shape = Shape(),
     *,
     tokens: Sequence[int] = (512, 4096),
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
@@ -81,20 +96,22 @@ def layer(
     with one_thread(), torch.inference_mode():
         for dtype in dtypes:
             generator = torch.Generator().manual_seed(seed)
-            moe = _layer(dtype, generator)
-            candidates: dict[str, Layer] = {REFERENCE: _reference(moe)} | _transformers(moe)
+            moe = _layer(shape, dtype, generator)
+            candidates: dict[str, Layer] = {REFERENCE: _reference(moe)} | _transformers(shape, moe)
             for count in tokens:
                 name = str(dtype).removeprefix("torch.")
                 progress(f"{name}, {count} tokens")
-                x = torch.randn(count, D_MODEL, generator=generator, dtype=torch.float64).to(dtype)
-                errors = _errors(candidates, moe, x)
+                x = torch.randn(count, shape.d_model, generator=generator, dtype=torch.float64).to(dtype)
+                errors = _errors(candidates, shape, moe, x)
                 if errors[REFERENCE] > TOLERANCE[dtype]:
                     raise ArithmeticError(
                         f"the reference layer is off by {errors[REFERENCE]:.1e} in {name}; "
                         f"at most {TOLERANCE[dtype]:.0e} is rounding"
                     )
-                times = _times(candidates | {FLOOR: _floor(count, dtype, generator)}, x, rounds)
-                rows += _rows(name, count, times, errors)
+                floor = _floor(shape, count, dtype, generator)
+                times = _times(candidates | {FLOOR: floor}, x, rounds)
+                flops = 6 * count * shape.top_k * shape.d_model * shape.d_ff
+                rows += _rows(name, count, flops, times, errors)
     return rows
 
 
@@ -105,20 +122,20 @@ def cells(row: Row) -> tuple[object, ...]:
     return row.dtype, row.tokens, row.candidate, f"{row.ratio:.2f}", *times, f"{row.gflops:.0f}", error
 
 
-def document(rows: Sequence[Row], machine: str) -> str:
+def document(rows: Sequence[Row], machine: str, shape: Shape = Shape()) -> str:
     """The Markdown of `results/benchmark_layer.md`; `machine` says in words what it ran on."""
     table = tabulate(map(cells, rows), headers=COLUMNS, tablefmt="github", disable_numparse=True)
     return f"""# Speed of one MoE layer
 
-d_model {D_MODEL}, d_ff {D_FF}, {N_EXPERTS} experts, top-{TOP_K}, router and combine included, forward, one thread.
-{machine}
+d_model {shape.d_model}, d_ff {shape.d_ff}, {shape.n_experts} experts, top-{shape.top_k}, router and combine
+included, forward, one thread. {machine}
 
 {table}
 
 Ratio: CPU time of two plain matmuls of the experts' FLOPs, into memory that is there already, over that of
 the layer; 1 is as fast as the matmuls alone. Times are the lower quartile and the median per call, of
-candidates that took turns in one run. Error: |output - oracle| / |oracle| over the first {CHECKED} tokens, with
-the same weights. Written by `moe-harness bench layer`; the figures are those of one run on one machine.
+candidates that took turns in one run. Error: |output - oracle| / |oracle| over the first {CHECKED} tokens,
+with the same weights. Written by `moe-harness bench layer`; the figures are those of one run on one machine.
 """
 
 
@@ -138,11 +155,11 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _layer(dtype: torch.dtype, generator: torch.Generator) -> Moe:
+def _layer(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Moe:
     """A layer with weights of standard deviation D^-1/2, which keep activations near 1."""
-    moe = Moe(SPEC, D_MODEL, options={"device": torch.device("cpu"), "dtype": dtype})
+    moe = Moe(shape.moe, shape.d_model, options={"device": torch.device("cpu"), "dtype": dtype})
     for name, tensor in moe.state_dict().items():
-        tensor.copy_(draw_one(name, tuple(tensor.shape), generator, D_MODEL**-0.5))
+        tensor.copy_(draw_one(name, tuple(tensor.shape), generator, shape.d_model**-0.5))
     return moe.eval()
 
 
@@ -154,12 +171,12 @@ def _reference(moe: Moe) -> Layer:
     return run
 
 
-def _floor(tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Layer:
+def _floor(shape: Shape, tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Layer:
     """Both matmuls, on operands and into memory that are there already; its argument is not looked at."""
-    rows = tokens * TOP_K
-    shapes = ((rows, D_MODEL), (D_MODEL, 2 * D_FF), (rows, D_FF), (D_FF, D_MODEL))
-    x, up, hidden, down = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
-    wide, narrow = torch.empty(rows, 2 * D_FF, dtype=dtype), torch.empty(rows, D_MODEL, dtype=dtype)
+    rows, d, f = tokens * shape.top_k, shape.d_model, shape.d_ff
+    sizes = ((rows, d), (d, 2 * f), (rows, f), (f, d))
+    x, up, hidden, down = (torch.randn(size, generator=generator).to(dtype) for size in sizes)
+    wide, narrow = torch.empty(rows, 2 * f, dtype=dtype), torch.empty(rows, d, dtype=dtype)
 
     def run(_: Tensor) -> Tensor:
         torch.mm(x, up, out=wide)
@@ -168,7 +185,7 @@ def _floor(tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Layer
     return run
 
 
-def _transformers(moe: Moe) -> dict[str, Layer]:
+def _transformers(shape: Shape, moe: Moe) -> dict[str, Layer]:
     """Mixtral's sparse block of transformers with the same weights, in two experts backends."""
     try:
         from transformers import MixtralConfig
@@ -180,10 +197,10 @@ def _transformers(moe: Moe) -> dict[str, Layer]:
     layers: dict[str, Layer] = {}
     for backend in ("eager", "grouped_mm"):
         config: Any = MixtralConfig(
-            hidden_size=D_MODEL,
-            intermediate_size=D_FF,
-            num_local_experts=N_EXPERTS,
-            num_experts_per_tok=TOP_K,
+            hidden_size=shape.d_model,
+            intermediate_size=shape.d_ff,
+            num_local_experts=shape.n_experts,
+            num_experts_per_tok=shape.top_k,
         )
         config._experts_implementation = backend  # noqa: SLF001, transformers' own switch has no public name
         with torch.device("meta"):
@@ -198,12 +215,13 @@ def _batch_of_one(block: Callable[[Tensor], Tensor]) -> Layer:
     return lambda x: block(x[None])[0]
 
 
-def _errors(candidates: Mapping[str, Layer], moe: Moe, x: Tensor) -> dict[str, float]:
+def _errors(candidates: Mapping[str, Layer], shape: Shape, moe: Moe, x: Tensor) -> dict[str, float]:
     weights = Weights({f"layers.0.moe.{name}": tensor for name, tensor in moe.state_dict().items()})
-    tokens = {(0, t): x[t].double().numpy() for t in range(CHECKED)}
-    want = mixture(SPEC, 0, weights, tokens, (1, CHECKED))[1].output
+    checked = min(CHECKED, len(x))
+    tokens = {(0, t): x[t].double().numpy() for t in range(checked)}
+    want = mixture(shape.moe, 0, weights, tokens, (1, checked))[1].output
     return {
-        name: float((run(x)[:CHECKED].double() - want).norm() / want.norm())
+        name: float((run(x)[:checked].double() - want).norm() / want.norm())
         for name, run in candidates.items()
     }
 
@@ -220,10 +238,9 @@ def _times(candidates: Mapping[str, Layer], x: Tensor, rounds: int) -> dict[str,
 
 
 def _rows(
-    dtype: str, tokens: int, times: Mapping[str, list[float]], errors: Mapping[str, float]
+    dtype: str, tokens: int, flops: int, times: Mapping[str, list[float]], errors: Mapping[str, float]
 ) -> list[Row]:
     quartile = {name: quantiles(taken, n=4)[0] for name, taken in times.items()}
-    flops = 6 * tokens * TOP_K * D_MODEL * D_FF
     return [
         Row(
             dtype=dtype,

@@ -57,12 +57,12 @@ def counts(records: Sequence[Record]) -> str:
 def compared(comparison: Comparison) -> Table:
     """One row per property that is not as it was."""
     rows: list[tuple[object, ...]] = [
-        ("added", r.key, NOT_RUN, r.outcome, r.reason) for r in comparison.added
+        ("added", str(r.key), NOT_RUN, r.outcome, r.reason) for r in comparison.added
     ]
-    rows += [("removed", r.key, r.outcome, NOT_RUN, r.reason) for r in comparison.removed]
-    rows += [("changed", a.key, a.outcome, b.outcome, b.reason) for a, b in comparison.changed]
+    rows += [("removed", str(r.key), r.outcome, NOT_RUN, r.reason) for r in comparison.removed]
+    rows += [("changed", str(a.key), a.outcome, b.outcome, b.reason) for a, b in comparison.changed]
     rows += [
-        ("incomparable", a.key, a.outcome, b.outcome, "seed or spec file differs")
+        ("incomparable", str(a.key), a.outcome, b.outcome, "seed or spec file differs")
         for a, b in comparison.incomparable
     ]
     return Table(

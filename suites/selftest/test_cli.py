@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from harness import cli
+from harness.results import baseline as baselines
 from harness.results.runfile import read
 from suites.selftest.stubs import ODD, ROOT, environment, moe_harness
+from suites.selftest.test_results import record, written
 
 MIXTRAL = str(ROOT / "specs" / "mixtral-8x7b.toml")
 
@@ -130,6 +132,69 @@ def test_a_spec_is_imported_validated_and_shown(tmp_path: Path, capsys: pytest.C
     assert copy.read_bytes() == (ROOT / "specs" / "dbrx.toml").read_bytes()
     assert run("spec", "validate", str(copy), MIXTRAL) == 0
     assert capsys.readouterr().out.count(": valid (") == 2
+
+
+CONFIG = {
+    "model_type": "mixtral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 32000,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+
+
+def test_a_config_is_imported_exactly_or_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A config.json becomes a spec whose count is exact; an unknown family is refused by name."""
+    config, spec = tmp_path / "config.json", tmp_path / "mine.toml"
+    config.write_text(json.dumps(CONFIG))
+    assert run("spec", "import", str(config), "-o", str(spec)) == 0
+    assert run("describe", str(spec), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["parameters"]["total"] == 46702792704
+    config.write_text(json.dumps(CONFIG | {"model_type": "mamba"}))
+    assert run("spec", "import", str(config)) == 78
+    assert "model_type" in capsys.readouterr().err
+    assert run("spec", "import", str(config), "-o", str(tmp_path / "no" / "where.toml")) == 78
+
+
+def test_runs_are_gated_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`gate` exits as the run deserves under the baseline, and `compare` names what changed."""
+    before, after = tmp_path / "before.jsonl", tmp_path / "after.jsonl"
+    written(before, record("a.b"), record("a.c"))
+    found = written(after, record("a.b", "failed"), record("a.c"))
+    assert run("gate", str(before)) == 0
+    assert run("gate", str(after)) == 1
+    assert "a.b of reference on dbrx fails: because" in capsys.readouterr().out
+    baseline = tmp_path / "known.toml"
+    baselines.write(baseline, found.records)
+    assert run("gate", str(after), "--baseline", str(baseline)) == 0
+    assert run("gate", str(before), "--baseline", str(baseline)) == 1
+    capsys.readouterr()
+    assert run("compare", str(before), str(after), "--format", "json") == 0
+    (table,) = json.loads(capsys.readouterr().out)
+    (row,) = table["rows"]
+    assert (row["change"], row["before"], row["after"]) == ("changed", "passed", "failed")
+
+
+def test_a_bench_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`bench layer` puts the reference beside its floor, on a machine that it names."""
+    page = tmp_path / "layer.md"
+    assert (
+        run("bench", "layer", "--tokens", "16", "--dtype", "float32", "--rounds", "2", "-o", str(page)) == 0
+    )
+    shown = capsys.readouterr().out
+    assert "two plain matmuls" in shown
+    assert "torch" in shown
+    assert "| float32 |" in page.read_text().replace("  ", " ")
 
 
 def test_lists_name_what_can_be_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="not in a checkout")
 
 ADAPTER = """
-from harness.implementations.reference import ReferenceImplementation
+from harness.implementations import resolve
 
 def make():
-    return ReferenceImplementation()
+    return resolve("reference")
 """
 
 

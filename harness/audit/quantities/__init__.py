@@ -1,0 +1,18 @@
+"""The quantities that claims may name, with the theory behind each.
+
+A claim's `quantity` is one of QUANTITIES, or an axis by its name: "architecture.n_layers" (any leaf),
+"training.gpus", "serving.batch" (any entry of these tables).
+
+Blocks: quantities are judged in blocks of few axes each: all leaves of the architecture; how much compute,
+on what, how long and for how much; where weights lie in training and in serving; what a token costs; what
+each expert gets. An axis of two blocks runs through each of them separately, and the claims on its value are
+tests in both. That admits more than one grid over all axes would, never less: a set of claims that no
+completion of one block satisfies is in conflict for certain, while a conflict that only the joint grid would
+show is missed.
+"""
+
+from harness.audit.quantities import systems
+from harness.audit.quantities.architecture import ARCHITECTURE, terms
+from harness.audit.quantities.registry import LINKS, QUANTITIES, argument
+
+__all__ = ["ARCHITECTURE", "LINKS", "QUANTITIES", "argument", "systems", "terms"]

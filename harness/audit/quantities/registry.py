@@ -1,0 +1,37 @@
+"""The table of quantities, and how a closed form gets into it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from harness.audit.quantity import Quantity, Side
+
+QUANTITIES: dict[str, Quantity] = {}
+
+LINKS: Mapping[str, str] = {"parameters.total": "total", "parameters.active": "active"}
+"""Counts of the architecture that other blocks take as given, and the argument they are there."""
+
+Closed = Callable[..., Any]
+
+
+def quantity(
+    name: str, dimension: str, block: str, formula: str, *axes: str, side: Side = "exact"
+) -> Callable[[Closed], Closed]:
+    """Register a closed form; its arguments that are no axis are constants which a claim gives."""
+
+    def register(compute: Closed) -> Closed:
+        named = {argument(axis) for axis in axes}
+        wanted = [p for p in inspect.signature(compute).parameters.values() if p.name not in named]
+        given = tuple(p.name for p in wanted if p.default is inspect.Parameter.empty)
+        optional = tuple(p.name for p in wanted if p.name not in given)
+        QUANTITIES[name] = Quantity(name, dimension, block, axes, given, optional, side, compute, formula)
+        return compute
+
+    return register
+
+
+def argument(axis: str) -> str:
+    """The argument that an axis is passed as."""
+    return LINKS.get(axis, axis.rpartition(".")[2])
