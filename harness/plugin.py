@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from harness.results.controller import PLAN, Controller
+from harness.results.controller import PLAN, Controller, asked_for
 
 if TYPE_CHECKING:
     from harness.conformance.case import Case
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 DEFAULT_SEED = 1
 DEFAULT_TIMEOUT_S = 120.0
 CONTROLLER = "moe-harness-controller"
-EXPLICIT = ("impl", "spec", "run_file", "baseline", "write_baseline")
-"""Options that say that properties are to be run: what they name is looked up before anything else."""
 
 
 @dataclass
@@ -108,7 +106,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """Refuse what cannot be used before anything runs, and start what observes the run."""
     config = session.config
     state = config.stash[STATE]
-    if any(config.getoption(name) for name in EXPLICIT):
+    if asked_for(config):
         _prepare(config, state)
     if config.getoption("telemetry"):
         from harness.telemetry import Sampler

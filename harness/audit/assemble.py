@@ -122,7 +122,8 @@ def _evaluated(
     except ValueError as error:
         if isinstance(error, SpecError):
             raise
-        raise SpecError(sentence(spec.path, None, "claim", str(error), "")) from None
+        wrong, _, right = str(error).partition("; ")
+        raise SpecError(sentence(spec.path, None, "audit", wrong, right)) from None
     return tuple(blocks)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,9 @@ Codes = NDArray[np.uint16] | NDArray[np.uint32]
 
 MAX_TESTS = 20
 """Of one block: its patterns are counted in a table of 2**tests."""
+
+MAX_COMPLETIONS = 100_000_000
+"""Of one block: some seconds, and 4 bytes for each."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,9 @@ class Test:
             return ()
         if "convention" in self.claim.given:
             return ()
-        return tuple(name for name in parameters.CONVENTIONS if name != "experts")  # a part, and no model's size
+        return tuple(
+            name for name in parameters.CONVENTIONS if name != "experts"
+        )  # a part, and no model's size
 
     def ranges(self, values: Values) -> tuple[Range, ...]:
         """The quantity at every completion in its own dimension, under each convention that it may have."""
@@ -182,8 +188,15 @@ def evaluate(
 ) -> Block:
     """Run every test at every completion; `links` are those whose span the block is asked for.
 
-    Raises ValueError if there are more than MAX_TESTS tests, or no completion is feasible.
+    Raises ValueError if there are more than MAX_TESTS tests or MAX_COMPLETIONS, or none is feasible.
     """
+    size = prod(len(axis) for axis in axes)
+    if size > MAX_COMPLETIONS:
+        longest = max(axes, key=len).name
+        raise ValueError(
+            f"the domains span {size:,} completions; at most {MAX_COMPLETIONS:,} are searched: "
+            f"give {longest} fewer values"
+        )
     if len(tests) > MAX_TESTS:
         raise ValueError(f"block {name!r} has {len(tests)} figures to judge; at most {MAX_TESTS} fit")
     bad = 1 << len(tests)

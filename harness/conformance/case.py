@@ -116,9 +116,9 @@ class Case:
     def one_layer(self, kind: Literal["full", "window"] = "full") -> Architecture:
         """A twin of a single layer with this kind of attention, a MoE layer where there are any."""
         data = self.shape.model_dump() | {"n_layers": 1}
-        data["attention"] |= {"pattern": (kind,)}
-        if kind == "full":
-            data["attention"]["window"] = None
+        windowed = data["attention"]["window"] is not None
+        # The window stays in the pattern, beyond the last layer: some models need its width to be given.
+        data["attention"] |= {"pattern": (kind, "window") if windowed else (kind,)}
         if data["moe"] is not None:
             data["moe"] |= {"first_dense": 0, "period": 1, "offset": 0}
             data["ffn"] = None

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from harness.mutants.defect import Mutant, experts, instead, moes, whole
-from harness.reference import ReferenceModel
 from harness.reference.experts import Dispatch
 from harness.reference.trace import RoutingTrace
 from harness.spec.architecture import Architecture
@@ -197,15 +196,6 @@ def _half_square(model: Any, load: Method) -> Method:
     return changed
 
 
-def _one_expert_short(model: ReferenceModel) -> None:
-    original = model.parameters_by_name
-
-    def changed() -> dict[str, Tensor]:
-        return {n: v[:-1] if ".experts." in n else v for n, v in original().items()}
-
-    model.parameters_by_name = changed  # type: ignore[method-assign]
-
-
 MUTANTS = (
     Mutant("unweighted-sum", instead(experts, "combine", _unweighted), "combine", "jlama#201", "experts are added without their weights", "mixtral-8x7b"),
     Mutant("weight-on-the-input", instead(experts, "forward", _weight_on_input), "combine", "vllm#16744", "the weight multiplies the expert's input", "mixtral-8x7b"),
@@ -227,5 +217,4 @@ MUTANTS = (
     Mutant("experts-in-string-order", instead(whole, "load_weights", _string_order), "combine", "torchtitan#1918", "experts are loaded in the order 0, 1, 10, 11, 2", "mixtral-8x7b"),
     Mutant("transposed-if-square", instead(whole, "load_weights", _transposed_if_square), "combine", "transformers#47031", "square expert matrices are taken for transposed ones", "mixtral-8x7b"),
     Mutant("swapped-if-half-square", instead(whole, "load_weights", _half_square), "combine", "unsloth-zoo#849", "gate and up change places where 2 d_ff = d_model", "mixtral-8x7b", _gated),
-    Mutant("one-expert-short", _one_expert_short, "param", "maxtext#678", "one expert too few is counted", "mixtral-8x7b"),
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from harness.mutants.defect import Mutant, instead, whole
-from harness.reference import ReferenceModel
+from harness.reference import ReferenceModel, weights
 from harness.spec.architecture import Architecture
 
 Method = Callable[..., Any]
@@ -44,12 +44,14 @@ def _in_bfloat16(_: Any, load: Method) -> Method:
 
 
 def _counted(change: Callable[[ReferenceModel, dict[str, Tensor]], dict[str, Tensor]]) -> Callable[[ReferenceModel], None]:
-    """A patch of what the model says that it learns."""
+    """A patch of what the model says that it learns; what it loads stays as it was."""
 
-    def make(model: Any, named: Method) -> Method:
-        return lambda: change(model, dict(named()))
+    def patch(model: Any) -> None:
+        named = model.parameters_by_name
+        model.load_weights = lambda values: weights.load(named(), values)
+        model.parameters_by_name = lambda: change(model, dict(named()))
 
-    return instead(whole, "parameters_by_name", make)
+    return patch
 
 
 def _head_beside_table(model: ReferenceModel, named: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -59,6 +61,10 @@ def _head_beside_table(model: ReferenceModel, named: dict[str, Tensor]) -> dict[
 def _one_dense_layer_more(model: ReferenceModel, named: dict[str, Tensor]) -> dict[str, Tensor]:
     first = next(i for i, block in enumerate(model.blocks) if block.moe is not None)
     return {name: x for name, x in named.items() if not name.startswith(f"layers.{first}.moe.")}
+
+
+def _one_expert_short(_: ReferenceModel, named: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x[:-1] if ".experts." in name else x for name, x in named.items()}
 
 
 def _matrices_swapped(_: ReferenceModel, named: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -75,5 +81,6 @@ MUTANTS = (
     Mutant("loads-in-bfloat16", instead(whole, "load_weights", _in_bfloat16), "param", "Megatron-LM 8dd03a39cc", "weights pass through bfloat16", "mixtral-8x7b", _anywhere),
     Mutant("head-beside-tied-table", _counted(_head_beside_table), "param", "torchtitan#3764", "a tied table is counted, and saved, twice", "gpt3-175b", lambda a: a.tie_embeddings),
     Mutant("dense-layers-off-by-one", _counted(_one_dense_layer_more), "param", "gpt-fast ebd10d3", "one MoE layer too few is counted", "deepseek-v3", _moe),
+    Mutant("one-expert-short", _counted(_one_expert_short), "param", "maxtext#678", "one expert too few is counted", "mixtral-8x7b", _moe),
     Mutant("expert-matrices-swapped", _counted(_matrices_swapped), "param", "transformers#47671", "hidden and feed-forward widths change places", "dbrx", _moe),
 )

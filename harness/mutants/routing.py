@@ -244,8 +244,10 @@ def _padding_takes_places(_: Any, drop: Method) -> Method:
     return lambda selected, weights, real: drop(selected, weights, torch.ones_like(real))
 
 
-def _rounded_down(router: Any, _: Method) -> Method:
+def _rounded_down(router: Any, drop: Method) -> Method:
     def changed(selected: Tensor, weights: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        if router.router.capacity_factor is None:
+            return drop(selected, weights, real)  # type: ignore[no-any-return]
         limit = int(real.sum() * router.top_k * router.router.capacity_factor / router.n_experts)
         hot = torch.zeros(len(selected), router.n_experts, dtype=torch.int64)
         hot = hot.scatter(-1, selected, 1) * real[:, None]

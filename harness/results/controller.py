@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 PLAN = "harness_plan"
 """Under pytest-xdist, the key of a worker's output: test id -> record of a property that has not run."""
 PHASES = ("setup", "call", "teardown")
+EXPLICIT = ("impl", "spec", "run_file", "baseline", "write_baseline")
+
+
+def asked_for(config: pytest.Config) -> bool:
+    """Whether the options say that properties are to be run: a run without any is then no success."""
+    return any(config.getoption(name) for name in EXPLICIT)
 
 
 class Controller:
@@ -29,7 +35,7 @@ class Controller:
         self._dead: list[str] = []
         self._plan: dict[str, str] = {}
         self._failed = 0
-        self._asked = False
+        self._asked = asked_for(config)
         self._verdict: Verdict | None = None
 
     def begin(self, subjects: Sequence[Subject]) -> None:
@@ -37,7 +43,6 @@ class Controller:
         from harness.results.header import header
         from harness.results.runfile import RunWriter
 
-        self._asked = True
         option = self._config.getoption
         if option("run_file") is not None:
             self._writer = RunWriter(

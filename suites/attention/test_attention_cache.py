@@ -40,7 +40,8 @@ def splits(length: int) -> list[tuple[int, ...]]:
     """Ways to cut a sequence: whole, all but the last, token by token, halves, and three uneven pieces."""
     some = [(length,), (length - 1, 1), (1,) * length, (length - length // 3, length // 3)]
     if length == 16:
-        some += [(10, 6), (7, 1, 8)]
+        # Whatever a call leaves in the cache is read by a later one: chunks are followed by chunks and by steps.
+        some += [(10, 6), (7, 1, 8), (4, 6, 1, 5), (3, 5, 5, 3)]
     return some
 
 
@@ -90,7 +91,7 @@ def test_padding_before_a_cache_is_irrelevant(case: Case) -> None:
         mask[row, :pads] = False
     bound = margin(case, model, tokens, mask=mask)
     note_share(case, bound.comparable[mask])
-    for sizes in ((16,), (10, 6), (11, *(1,) * 5), (7, 1, 8)):
+    for sizes in ((16,), (10, 6), (11, *(1,) * 5), (7, 1, 8), (6, 5, 2, 3)):
         pieces = in_pieces(model, tokens, sizes, mask)
         finite(pieces, "logits at real tokens", where=mask)
         for row, real in enumerate(mask):

@@ -43,7 +43,7 @@ def caches_what_it_multiplies(architecture: Architecture | None) -> bool:
     "compute.logits-equal-reference",
     clause="architecture",
     needs=("forward", "weights"),
-    kills=("unweighted-sum", "gate-and-up-swapped", "shared-gate-dropped", "kv-heads-tiled", "final-norm-dropped"),
+    kills=("unweighted-sum", "gate-and-up-swapped", "experts-in-string-order", "kv-heads-tiled", "final-norm-dropped"),
     applies=has_architecture,
 )
 def test_logits_equal_reference(case: Case) -> None:
@@ -67,7 +67,13 @@ def test_logits_equal_reference(case: Case) -> None:
     "compute.variants-equal-reference",
     clause="architecture.moe",
     needs=("forward", "weights"),
-    kills=("transposed-if-square", "top-1-normalised", "scaling-twice", "experts-in-string-order"),
+    kills=(
+        "transposed-if-square",
+        "swapped-if-half-square",
+        "top-1-normalised",
+        "scaling-only-if-normalised",
+        "shared-gate-dropped",
+    ),
     applies=lambda architecture: dropless(architecture) and architecture is not None and architecture.moe is not None,
 )
 def test_variants_equal_reference(case: Case) -> None:

@@ -75,7 +75,7 @@ def test_twin_has_the_specified_shapes(case: Case) -> None:
     "parameters.loading-is-strict",
     clause="architecture",
     needs=("weights",),
-    kills=("loads-what-it-finds", "experts-not-loaded"),
+    kills=("loads-what-it-finds",),
     applies=has_architecture,
 )
 def test_loading_is_strict(case: Case) -> None:
@@ -129,7 +129,7 @@ def _sorted_values(tensors: object) -> Tensor:
     "parameters.every-weight-is-used",
     clause="architecture",
     needs=("weights", "forward"),
-    kills=("router-bias-dropped", "shared-expert-dropped", "sinks-dropped", "qk-norm-dropped"),
+    kills=("router-bias-dropped", "router-bias-unused", "shared-expert-dropped", "sinks-dropped", "qk-norm-dropped"),
     applies=has_architecture,
 )
 def test_every_weight_is_used(case: Case) -> None:

@@ -122,7 +122,7 @@ def test_balance_loss_follows_its_convention(case: Case) -> None:
     "routing.z-loss-follows-its-formula",
     clause="architecture.auxiliary_loss.z_coefficient",
     needs=(*NEEDS, "routing"),
-    kills=("z-not-squared", "z-on-probabilities", "z-squares-the-mean"),
+    kills=("z-not-squared", "z-on-probabilities", "z-squares-the-mean", "z-on-noised-logits"),
     applies=has_z,
 )
 def test_z_loss_follows_its_formula(case: Case) -> None:

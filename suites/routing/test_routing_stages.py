@@ -16,7 +16,7 @@ from harness.conformance.property import Void
     "routing.projects-the-input",
     clause="architecture.moe.router.bias",
     needs=("routing", "weights"),
-    kills=("router-bias-dropped", "router-in-bfloat16", "router-reports-probabilities"),
+    kills=("router-bias-unused", "router-in-bfloat16", "router-reports-probabilities", "z-on-noised-logits"),
     applies=is_moe,
 )
 def test_projects_the_input(case: Case) -> None:
@@ -51,6 +51,7 @@ def test_scores_the_logits(case: Case) -> None:
         "selection-in-bfloat16",
         "masked-groups-at-zero",
         "group-score-max",
+        "groups-ignored",
         "correction-bias-ignored",
         "selects-the-worst",
     ),
@@ -88,6 +89,7 @@ FLOAT32_EPS = 2.0**-23
         "correction-bias-in-weights",
         "scaling-twice",
         "scaling-only-if-normalised",
+        "softmax-of-the-selected",
         "top-1-normalised",
     ),
     applies=is_moe,
@@ -111,6 +113,7 @@ def test_weighs_the_selected(case: Case) -> None:
         "gate-and-up-swapped",
         "experts-in-string-order",
         "transposed-if-square",
+        "swapped-if-half-square",
         "shared-gate-dropped",
         "shared-expert-reads-overwritten-input",
         "weights-of-another-slot",

@@ -12,9 +12,15 @@ ODD = "suites.selftest.odd_implementations:"
 QUICK = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest")
 """Without the plugin of Hypothesis, which takes seconds to import and nothing here uses."""
 CONFTEST = """
+import pytest
 from harness.conformance import canary
-canary.run = lambda seed: {canary}
+
 pytest_plugins = ["harness.plugin"]
+
+def pytest_configure(config):
+    patch = pytest.MonkeyPatch()
+    patch.setattr(canary, "run", lambda seed: {canary})
+    config.add_cleanup(patch.undo)
 """
 STUBS = '''
 import torch

@@ -14,6 +14,7 @@ from harness.audit.optima import Optima
 
 
 def subsets(n):
+    """All sets of n members, as bits."""
     return [sum(1 << i for i in kept) for size in range(n + 1) for kept in combinations(range(n), size)]
 
 
@@ -41,6 +42,7 @@ def test_members_are_the_positions_of_the_set_bits():
 
 
 def block(names, kinds, patterns):
+    """What `Optima` reads of a block: claims and patterns."""
     tests = [SimpleNamespace(claim=SimpleNamespace(id=name, kind=kinds[name])) for name in names]
     return SimpleNamespace(tests=tests, patterns=np.array(sorted(set(patterns)), dtype=np.int64))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import harness.conformance.canary  # noqa: F401  # torch can be loaded once in a process
+from harness.conformance import canary  # this loads torch, which a process can do only once
 from harness.results.runfile import read
 from suites.selftest.stubs import ODD, QUICK, STUBS, VOID, write
 
@@ -16,10 +16,10 @@ pytest_plugins = ["pytester"]
 
 
 def run(
-    pytester: pytest.Pytester, *arguments: str, stubs: str = STUBS, canary: str = '(True, "caught")'
+    pytester: pytest.Pytester, *arguments: str, stubs: str = STUBS, caught: str = '(True, "caught")'
 ) -> tuple[pytest.RunResult, dict[str, dict[str, Any]]]:
     """A run on the stub properties, and the records of its run file by property."""
-    write(pytester.path, stubs=stubs, canary=canary)
+    write(pytester.path, stubs=stubs, canary=caught)
     result = pytester.runpytest(*QUICK, "--run-file=run.jsonl", *arguments)
     lines = [json.loads(line) for line in (pytester.path / "run.jsonl").read_text().splitlines()]
     return result, {line["slug"]: line for line in lines if line["kind"] == "record"}
@@ -99,7 +99,7 @@ def test_nothing_supported_is_no_pass(pytester: pytest.Pytester) -> None:
 def test_a_canary_that_lives_voids_the_run(pytester: pytest.Pytester) -> None:
     """If the canary is not caught, even failures are not believed."""
     for odd in ("good", "nan"):
-        result, _ = run(pytester, "--impl", ODD + odd, canary='(False, "it passed")')
+        result, _ = run(pytester, "--impl", ODD + odd, caught='(False, "it passed")')
         assert result.ret == 69
         result.stdout.fnmatch_lines(["the canary was not caught (it passed)*"])
 
@@ -119,6 +119,15 @@ def test_a_run_without_properties_needs_nothing_of_ours(pytester: pytest.Pyteste
     result = pytester.runpytest(*QUICK)
     result.assert_outcomes(passed=1)
     result.stdout.no_fnmatch_line("*conformance*")
+
+
+def test_properties_that_were_deselected_are_missed_only_if_they_were_asked_for(
+    pytester: pytest.Pytester,
+) -> None:
+    """Choosing other tests with -k is a success of these, unless an implementation was to be tested."""
+    write(pytester.path, stubs=STUBS + "\ndef test_plain(): pass\n")
+    assert pytester.runpytest(*QUICK, "-k", "plain").ret == 0
+    assert pytester.runpytest(*QUICK, "-k", "plain", "--impl", ODD + "good").ret == 69
 
 
 def test_test_ids_name_implementation_and_spec(pytester: pytest.Pytester) -> None:
@@ -212,3 +221,18 @@ def test_a_baseline_is_written_met_and_outgrown(pytester: pytest.Pytester) -> No
     rewrote, _ = run(pytester, *nan, f"--write-baseline={known}")
     rewrote.stdout.fnmatch_lines(["*1 added, 1 removed*"])
     assert run(pytester, *nan, f"--baseline={known}")[0].ret == 0
+
+
+def test_the_canary_is_caught_for_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The canary breaks its property; whatever else happens in its place counts as not caught."""
+    caught, reason = canary.run(seed=1)
+    assert caught
+    assert "not all different" in reason
+    monkeypatch.setattr(canary, "IMPLEMENTATION", "reference")
+    assert canary.run(seed=1) == (False, "routing.selects-k-distinct passed on reference")
+    monkeypatch.setattr(canary, "IMPLEMENTATION", f"{ODD}raises")
+    assert canary.run(seed=1)[0] is False
+    monkeypatch.setattr(canary, "IMPLEMENTATION", "mutant:absent")
+    assert "could not be run: AdapterError" in canary.run(seed=1)[1]
+    monkeypatch.setattr(canary, "PROPERTY", "routing.absent")
+    assert canary.run(seed=1) == (False, "the suites have no property routing.absent in routing")

@@ -21,7 +21,7 @@ def quantity(
 ) -> Callable[[Closed], Closed]:
     """Register a closed form; its arguments that are no axis are constants which a claim gives."""
 
-    def register(compute: Closed) -> Closed:
+    def _register(compute: Closed) -> Closed:
         named = {argument(axis) for axis in axes}
         wanted = [p for p in inspect.signature(compute).parameters.values() if p.name not in named]
         given = tuple(p.name for p in wanted if p.default is inspect.Parameter.empty)
@@ -29,7 +29,7 @@ def quantity(
         QUANTITIES[name] = Quantity(name, dimension, block, axes, given, optional, side, compute, formula)
         return compute
 
-    return register
+    return _register
 
 
 def argument(axis: str) -> str:

@@ -94,9 +94,9 @@ def _training_weights(
     "B",
     STATES,
     "gpu_memory - total / (tensor_parallel * pipeline_parallel) * ("
-    "weight_bytes / (replicas if zero_stage >= 3 else 1)"
-    " + gradient_bytes / (replicas if zero_stage >= 2 else 1)"
-    " + optimizer_bytes / (replicas if zero_stage >= 1 else 1))",
+    "weight_bytes / (gpus / (tensor_parallel * pipeline_parallel)) ** (zero_stage >= 3)"
+    " + gradient_bytes / (gpus / (tensor_parallel * pipeline_parallel)) ** (zero_stage >= 2)"
+    " + optimizer_bytes / (gpus / (tensor_parallel * pipeline_parallel)) ** (zero_stage >= 1))",
     "parameters.total",
     "training.tensor_parallel",
     "training.pipeline_parallel",

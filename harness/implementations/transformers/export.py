@@ -42,7 +42,8 @@ def config(architecture: Architecture, family: str) -> Any:
     if difference is not None:
         raise Unsupported(f"transformers:{family} cannot express {difference}")
     try:
-        return config_class(family)(**said, initializer_range=INITIALIZER_RANGE)
+        # Without a padding token: the row of one would get no gradient.
+        return config_class(family)(**said, pad_token_id=None, initializer_range=INITIALIZER_RANGE)
     except Exception as error:
         raise Unsupported(f"the config of {family} refuses this architecture: {describe(error)}") from error
 

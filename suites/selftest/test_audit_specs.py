@@ -1,0 +1,187 @@
+"""Audits of small specs: controls with published truth, and statements that cannot be judged."""
+
+from __future__ import annotations
+
+import pytest
+
+from harness.audit import audit, solve
+from harness.spec import SpecError, load, names
+
+BASE = """\
+title = "a small model"
+
+[[source]]
+id = "A"
+title = "a document"
+
+[[source]]
+id = "B"
+title = "another one"
+
+[architecture]
+d_model = { status = "unknown", domain = { values = [64, 128] }, why = "not said" }
+n_layers = { value = 4, status = "leaked", sources = ["A"], domain = { values = [2, 4] } }
+vocab_size = 100
+max_positions = 32
+
+[architecture.attention]
+n_heads = 4
+head_dim = 16
+rope = { theta = 1e4 }
+
+[architecture.attention.n_kv_heads]
+status = "unknown"
+domain = { of = "attention.n_heads", values = [1], also = [1, 4, 3] }
+why = "not said"
+
+[architecture.ffn]
+d_ff = { status = "unknown", domain = { of = "d_model", values = [2.5, 4, 2.51] }, why = "not said" }
+
+[training]
+gpus = [10, 20]
+"""
+
+
+def spec(tmp_path, *claims, base=BASE):
+    """The small model with these claims."""
+    path = tmp_path / "small.toml"
+    path.write_text(base + "\n".join(claims), encoding="utf-8")
+    return load(path)
+
+
+def claim(name, quantity, *readings, extra=""):
+    """The TOML of a claim; readings are (value, unit, source)."""
+    printed = [f'{{ value = "{v}", unit = "{u}", sources = ["{s}"] }}' for v, u, s in readings]
+    lines = ", ".join(printed)
+    head = f'\n[[claim]]\nid = "{name}"\nstatement = "s"\nquantity = "{quantity}"\n'
+    return f"{head}readings = [{lines}]\n{extra}\n"
+
+
+def only(found):
+    """The single verdict of an audit."""
+    assert len(found.verdicts) == 1
+    return found.verdicts[0]
+
+
+def test_completions_are_models_each_counted_once(tmp_path):
+    """Fractions, key/value heads that do not divide the heads, and values named twice are no completions."""
+    found = audit(spec(tmp_path, claim("size", "parameters.total", (">1", "parameters", "A"))))
+    # 2 widths x (160 and 256, or 320 and 512: 2.51 gives a fraction) x (4 heads or 1: 3 does not divide 4)
+    assert found.blocks["architecture"] == 2 * 2 * 2
+
+
+def test_a_stated_leaf_ranges_over_its_domain_while_it_is_judged(tmp_path):
+    """With nothing else said, the layers that a source states are one possibility of two."""
+    verdict = only(audit(spec(tmp_path, claim("layers", "architecture.n_layers", ("4", "layers", "A")))))
+    assert verdict.outcome == "undetermined"
+    assert (verdict.findings[0].low, verdict.findings[0].high) == (2, 4)
+
+
+def test_claims_together_determine_a_leaf(tmp_path):
+    """A size that four layers alone have makes the statement on layers consistent."""
+    target = load_total(tmp_path, n_layers=4)
+    size = claim(
+        "size", "parameters.total", (str(target), "parameters", "A"), extra="given = { exact = true }"
+    )
+    found = audit(spec(tmp_path, size, claim("layers", "architecture.n_layers", ("4", "layers", "A"))))
+    assert {v.claim.id: v.outcome for v in found.verdicts}["layers"] == "consistent"
+
+
+def load_total(tmp_path, n_layers):
+    """Parameters of the smallest completion with so many layers."""
+    from harness.theory import parameters
+
+    values = {"d_model": 64, "attention.n_kv_heads": 1, "ffn.d_ff": 160, "n_layers": n_layers}
+    return parameters.total(spec(tmp_path).complete(values))
+
+
+def test_a_spec_without_claims_says_so(tmp_path):
+    """No claims: one table that says there is nothing to judge, and every completion is a solution."""
+    small = spec(tmp_path)
+    found = audit(small)
+    assert found.verdicts == ()
+    assert [table.title for table in found.tables()] == ["small states no claims: there is nothing to judge"]
+    assert solve(small).completions == 2 * 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("quantity", "reading", "reason"),
+    [
+        ("parameters.colour", ("1", "parameters", "A"), "does not know the quantity parameters.colour"),
+        ("parameters.total", ("1", "furlongs", "A"), "unit 'furlongs'"),
+        ("parameters.total", ("many", "parameters", "A"), "'many' is no figure"),
+        ("training.days", ("1", "days", "A"), "what training.days may be"),
+        ("training.mfu", ("1", "%", "A"), "what training.tokens, training.peak_flops, training.days may be"),
+        ("architecture.moe.top_k", ("1", "experts", "A"), "what architecture.moe.top_k may be"),
+        ("", ("1", "", "A"), "no quantity of the theory"),
+    ],
+)
+def test_what_cannot_be_judged_says_why(tmp_path, quantity, reading, reason):
+    """An unknown quantity, unit, figure or axis leaves a claim not yet judged, with the reason."""
+    verdict = only(audit(spec(tmp_path, claim("c", quantity, reading))))
+    assert verdict.outcome == "not yet judged"
+    assert reason in verdict.reason
+
+
+def test_each_figure_of_a_disagreement_is_judged_by_itself(tmp_path):
+    """One source's figure may hold where another's cannot; the claim as such does not contradict then."""
+    figures = [("10", "GPUs", "A"), ("40", "GPUs", "B")]
+    found = audit(spec(tmp_path, claim("gpus", "training.gpus", *figures)))
+    assert [v.outcome for v in found.verdicts] == ["undetermined", "contradicts"]
+    assert [one.claim for one in found.disagreements] == ["gpus"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("given = { basline = 1e9 }", "baseline"),
+        ("", "needs the constant baseline"),
+    ],
+)
+def test_wrong_constants_are_errors(tmp_path, extra, message):
+    """A constant that the quantity does not take, or lacks, is an error that names it, with the line."""
+    wrong = spec(tmp_path, claim("growth", "parameters.growth", (">1", "x", "A"), extra=extra))
+    with pytest.raises(SpecError, match=message) as raised:
+        audit(wrong)
+    assert "growth.given" in str(raised.value)
+    assert f":{wrong.claims[0].line}:" in str(raised.value)
+
+
+def test_an_axis_of_words_is_an_error(tmp_path):
+    """A list in [training] that holds something else than numbers is named by its key."""
+    base = BASE.replace("gpus = [10, 20]", 'gpus = ["ten"]')
+    with pytest.raises(SpecError, match=r"training\.gpus"):
+        audit(spec(tmp_path, claim("gpus", "training.gpus", ("10", "GPUs", "A")), base=base))
+
+
+def test_an_unknown_convention_is_an_error(tmp_path):
+    """A counting convention that theory does not have is refused with those that it has."""
+    named = claim("n", "parameters.total", ("1", "parameters", "A"), extra='given = { convention = "mine" }')
+    with pytest.raises(SpecError, match="no-router"):
+        audit(spec(tmp_path, named))
+
+
+def test_a_search_that_is_too_wide_is_an_error(tmp_path):
+    """Domains with more completions than can be searched are refused with the axis to cut."""
+    wide = BASE.replace("values = [64, 128]", "min = 1, max = 90000, step = 1").replace(
+        "vocab_size = 100",
+        'vocab_size = { status = "unknown", why = "?", domain = { min = 1, max = 5000, step = 1 } }',
+    )
+    size = claim("size", "parameters.total", (">1", "parameters", "A"))
+    with pytest.raises(SpecError, match=r"completions; at most .* give architecture\.d_model fewer values"):
+        audit(spec(tmp_path, size, base=wide))
+
+
+def test_too_many_figures_in_a_block_are_an_error(tmp_path):
+    """More figures on one block than a pattern has bits for are refused."""
+    many = [claim(f"c{i}", "parameters.total", (f">{i}", "parameters", "A")) for i in range(21)]
+    with pytest.raises(SpecError, match="21 figures to judge; at most 20 fit"):
+        audit(spec(tmp_path, *many))
+
+
+@pytest.mark.parametrize("name", [name for name in names() if name != "gpt4-leak"])
+def test_published_models_agree_with_their_figures(name):
+    """Every published figure is met under some counting convention, or is cut off and not rounded."""
+    cut_off = {"llama-3.1-405b": {"total-parameters"}}  # 405.85e9 is printed as 405e9
+    contradicting = {v.claim.id for v in audit(load(name)).verdicts if v.outcome == "contradicts"}
+    assert contradicting == cut_off.get(name, set())
