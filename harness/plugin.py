@@ -87,9 +87,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"it is {text}; give a number of seconds above 0")
+        raise argparse.ArgumentTypeError(f"it is {text!r}; give a number of seconds above 0")
     return value
 
 
@@ -255,6 +258,8 @@ def _prepare(config: pytest.Config, state: State) -> None:
         state.subjects = subjects.resolve(option("impl"), option("spec"))
         if option("baseline") is not None:
             state.baseline = baseline.load(option("baseline"))
+        if option("write_baseline") is not None:
+            baseline.ensure_writable(option("write_baseline"))
         controller = config.pluginmanager.get_plugin(CONTROLLER)
         if isinstance(controller, Controller):
             controller.begin(state.subjects)

@@ -8,14 +8,16 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import typer
 
 from harness.cli import listing, measuring, running, specs, theory
 
 DEBUG = "--debug"
-USAGE, SOFTWARE, CONFIG, INTERRUPTED = 4, 70, 78, 130
-"""Usage as in pytest; a bug of the harness; an unusable spec, baseline, run file or adapter; Ctrl-C."""
+USAGE, SOFTWARE, CONFIG, INTERRUPTED, PIPE = 4, 70, 78, 130, 141
+"""Usage as in pytest; a bug of the harness; an unusable spec, baseline, run file, adapter or output; Ctrl-C;
+a reader of the output that is gone, as the shell tells it: never 0, which could hide what a gate says."""
 
 app = typer.Typer(
     add_completion=False,
@@ -33,11 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit: every error that is the user's is one sentence, never a traceback."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = DEBUG in given
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this process
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  # for good
     try:
         sys.exit(_run([word for word in given if word != DEBUG] or ["--help"]))
     except BrokenPipeError:  # the reader, for instance `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        sys.exit(PIPE)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(_say("interrupted", INTERRUPTED))
     except Exception as error:
@@ -48,14 +53,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         if isinstance(error, _users()):
             sys.exit(_say(str(error), CONFIG))
+        if isinstance(error, OSError) and error.strerror:
+            sys.exit(_say(f"{error.filename or 'the output'}: cannot be used: {error.strerror}", CONFIG))
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         sys.exit(_say(f"a bug of the harness, {what}; {DEBUG} shows the traceback", SOFTWARE))
 
 
 def _run(arguments: list[str]) -> int:
-    # typer's own Exit comes back as its code
-    code = typer.main.get_command(app).main(arguments, prog_name="moe-harness", standalone_mode=False)
-    return code if isinstance(code, int) else 0
+    command = typer.main.get_command(app)
+    try:
+        # not command.main(): it would end a broken pipe in 1, which is to say that a property failed
+        with command.make_context("moe-harness", arguments) as context:
+            command.invoke(context)
+        code = 0
+    except typer.Exit as ending:
+        code = ending.exit_code
+    sys.stdout.flush()  # here, where an output that is full or gone can still be told
+    return code
 
 
 def _users() -> tuple[type[Exception], ...]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from harness.cli.printing import Format, FormatOption, show
+from harness.cli.progress import progress
 
 if TYPE_CHECKING:
     from harness.theory.describe import Table
@@ -29,7 +30,9 @@ def add_to(app: typer.Typer) -> None:
 def list_(what: What, form: FormatOption = Format.plain) -> None:
     """What there is to name: specs, implementations or properties."""
     tables = {What.specs: _specs, What.implementations: _implementations, What.properties: _properties}
-    show([tables[what]()], form)
+    with progress(f"listing {what}"):
+        table = tables[what]()
+    show([table], form)
 
 
 def _specs() -> Table:

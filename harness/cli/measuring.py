@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from harness.cli.printing import Format, FormatOption, show
+from harness.cli.progress import progress
 
 
 class DType(StrEnum):
@@ -37,19 +38,25 @@ def layer(
     form: FormatOption = Format.plain,
 ) -> None:
     """The reference's MoE layer beside plain matmuls of the same FLOPs, and beside transformers."""
-    import torch
-
-    from harness.reference import benchmark
+    from harness.results.files import ensure_writable
     from harness.telemetry import machine
     from harness.theory.describe import Table
 
-    rows = benchmark.layer(
-        tokens=tokens or (512, 4096),
-        dtypes=[getattr(torch, one.value) for one in dtype or DType],
-        rounds=rounds,
-        seed=seed,
-        progress=lambda step: typer.echo(step, err=True),
-    )
+    if output is not None:
+        ensure_writable(output)
+    sizes, kinds = tokens or [512, 4096], dtype or list(DType)
+    with progress("bench layer", total=len(sizes) * len(kinds) * (rounds + 1)) as state:
+        import torch
+
+        from harness.reference import benchmark
+
+        rows = benchmark.layer(
+            tokens=sizes,
+            dtypes=[getattr(torch, one.value) for one in kinds],
+            rounds=rounds,
+            seed=seed,
+            progress=state.step,
+        )
     facts = machine()
     where = f"On {facts['cpu']}, {facts['system']}, torch {facts['torch']}."
     if output is not None:

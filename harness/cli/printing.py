@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import textwrap
 from collections.abc import Iterable
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -26,14 +28,24 @@ FormatOption = Annotated[Format, typer.Option("--format", help="How to print.")]
 
 def show(tables: Iterable[Table], form: Format) -> None:
     """Print tables in any format; several of them in JSON are a list."""
-    from harness.results.tables import as_json, render
+    from harness.results.render import as_json, render, room
 
-    found = list(tables)
     if form is Format.json:
-        show_json([as_json(table) for table in found])
+        show_json([as_json(table) for table in tables])
     else:
         style: Literal["plain", "markdown"] = "markdown" if form is Format.markdown else "plain"
-        typer.echo("\n\n".join(render(table, style).rstrip() for table in found))
+        width = room(is_terminal=sys.stdout.isatty())
+        typer.echo("\n\n".join(render(table, style, width).rstrip() for table in tables))
+
+
+def show_lines(text: str) -> None:
+    """Print lines of text, wrapped under their own indentation where people read them."""
+    from harness.results.render import room
+
+    width = room(is_terminal=sys.stdout.isatty())
+    for line in text.splitlines():
+        inside = " " * (len(line) - len(line.lstrip()) + 4)
+        typer.echo(line if width is None else textwrap.fill(line, width, subsequent_indent=inside))
 
 
 def show_json(facts: object) -> None:

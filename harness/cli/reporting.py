@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from harness.cli.progress import progress
+
 if TYPE_CHECKING:
     from harness.results.report import Page
 
@@ -34,7 +36,9 @@ def make(folder: Path) -> int:
     from harness.results.gate import SOFTWARE
     from harness.results.runfile import read
 
-    for page in (report.leak(), report.figures()):
+    for make in (report.leak, report.figures):
+        with progress("report", detail=make.__name__):
+            page = make()
         _publish(folder, page)
     arguments = [word for subject in SUBJECTS for word in ("--impl", subject)]
     if (folder / BASELINE).exists():

@@ -1,4 +1,4 @@
-"""check, compare, gate, report: runs, and what is made of them."""
+"""check, compare, summary, gate, report: runs, and what is made of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from harness.cli.printing import Format, FormatOption, show
+from harness.cli.printing import Format, FormatOption, show, show_json
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run file.")]
 
@@ -16,7 +16,7 @@ def add_to(app: typer.Typer) -> None:
     """Register the commands."""
     to_pytest = {"allow_extra_args": True, "ignore_unknown_options": True}
     app.command(context_settings=to_pytest)(check)
-    for command in (compare, gate, report):
+    for command in (compare, summary, gate, report):
         app.command()(command)
 
 
@@ -40,20 +40,36 @@ def compare(before: RunArgument, after: RunArgument, form: FormatOption = Format
     show([tables.compared(compared(read(before), read(after)))], form)
 
 
+def summary(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run files of one set-up.")],
+    form: FormatOption = Format.plain,
+) -> None:
+    """What one run found, or several together: property x implementation, and what did not pass."""
+    from harness.results import tables
+    from harness.results.runfile import combine, read
+
+    show(tables.summary(combine([read(run) for run in runs])), form)
+
+
 def gate(
     run: RunArgument,
     baseline: Annotated[Path | None, typer.Option(help="Known failures.")] = None,
+    form: FormatOption = Format.plain,
 ) -> None:
     """Judge a run: exit 1 for a failure or a stale entry, 69 if it measured nothing.
 
     With a baseline, the failures that it lists are expected.
     """
     from harness.results import baseline as baselines
+    from harness.results import tables
     from harness.results.gate import gate as judged
     from harness.results.runfile import read
 
     verdict = judged(read(run), {} if baseline is None else baselines.load(baseline))
-    typer.echo("\n".join((verdict.headline, *verdict.details)))
+    if form is Format.json:
+        show_json(verdict.as_dict())
+    else:
+        show([tables.judged(verdict)], form)
     raise typer.Exit(verdict.code)
 
 

@@ -23,17 +23,13 @@ def import_(
     name: Annotated[str | None, typer.Option(help="Of the spec; default: from the path.")] = None,
 ) -> None:
     """Turn a config.json into a spec: exact, or refused by the name of the field."""
-    from harness.spec import SpecError
     from harness.spec.huggingface import import_config
 
     text = import_config(config, name)
     if output is None:
         typer.echo(text, nl=False)
-        return
-    try:
+    else:
         output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise SpecError(f"{output}: cannot be written: {error.strerror}") from error
 
 
 def validate(files: Annotated[list[Path], typer.Argument(metavar="FILE...")]) -> None:

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from harness.cli.printing import Format, FormatOption, show, show_json
+from harness.cli.printing import Format, FormatOption, show, show_json, show_lines
+from harness.cli.progress import progress
 
 SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help="Name of a shipped spec, or a path.")]
 
@@ -45,11 +46,11 @@ def audit(
     from harness.spec import load
 
     document = load(spec)
-    if explain:
-        typer.echo(audits.explain(document, explain))
-        return
-    found = audits.audit(document)
-    if form is Format.json:
+    with progress(f"audit of {document.name}"):
+        found = audits.explain(document, explain) if explain else audits.audit(document)
+    if isinstance(found, str):
+        show_lines(found)
+    elif form is Format.json:
         show_json(found.as_dict())
     else:
         show(found.tables(), form)
@@ -67,7 +68,9 @@ def solve(
     from harness import audit as audits
     from harness.spec import load
 
-    found = audits.solve(load(spec), limit=limit, keep=keep or ())
+    document = load(spec)
+    with progress(f"solving {document.name}"):
+        found = audits.solve(document, limit=limit, keep=keep or ())
     if form is Format.json:
         show_json(found.as_dict())
     else:

@@ -36,7 +36,9 @@ def balance_loss(
                 for s, i in zip(scores, indices, strict=True)
             ]
         ).sum()
-    loads = torch.stack([_counts(i[rows], s.shape[-1]) / rows.sum() for s, i in zip(scores, indices, strict=True)])
+    loads = torch.stack(
+        [_counts(i[rows], s.shape[-1]) / rows.sum() for s, i in zip(scores, indices, strict=True)]
+    )
     means = torch.stack([s[rows].double().mean(0) for s in scores])
     n_experts, top_k = means.shape[-1], indices[0].shape[-1]
     if convention == "huggingface":

@@ -15,15 +15,20 @@ from torch import Tensor
 from harness.conformance import stages
 from harness.conformance.case import Case, replaced
 from harness.conformance.comparison import Ragged, ragged
-from harness.conformance.property import Violation, require
+from harness.conformance.property import Violation, Void, require
 from harness.implementations.protocols import Routing, Unsupported
 from harness.spec.architecture import Architecture, Moe
 
 FLOAT32 = torch.float32
 
 
-def is_moe(architecture: Architecture | None) -> bool:
-    """Applies to architectures with experts, and to an implementation's own shape."""
+def has_experts(architecture: Architecture | None) -> bool:
+    """Applies to architectures with experts."""
+    return architecture is not None and architecture.moe is not None
+
+
+def may_have_experts(architecture: Architecture | None) -> bool:
+    """Applies to those, and to an implementation's own shape."""
     return architecture is None or architecture.moe is not None
 
 
@@ -94,7 +99,7 @@ class Captured:
     variant: Variant
     trace: Routing
     real: Tensor
-    """[T] bool."""
+    """[T] bool: not padding, and of finite input where that is shown."""
 
     @property
     def moe(self) -> Moe:
@@ -142,6 +147,7 @@ def capture(case: Case, *, length: int = 13) -> Iterator[Captured]:
     """Every MoE layer of every variant that the implementation can express, on a ragged batch."""
     batch = ragged(case, length)
     passed_over = []
+    seen = 0
     for number, variant in enumerate(list(variants(case))):
         try:
             model = case.model(variant.architecture, variant.weights)
@@ -150,15 +156,25 @@ def capture(case: Case, *, length: int = 13) -> Iterator[Captured]:
                 raise
             passed_over.append(variant.label)
             continue
-        yield from captured(model, variant, batch)
+        for layer in captured(model, variant, batch):
+            # What is not finite went wrong before this layer.
+            if layer.real.any():
+                seen += 1
+                yield layer
     if passed_over:
         case.note("not_expressible", passed_over)
+    if not seen:
+        raise Void("no MoE layer has a finite input")
 
 
 def captured(model: Any, variant: Variant, batch: Ragged) -> list[Captured]:
     """Every MoE layer of one forward pass."""
     found = traces(model, batch.tokens, mask=batch.mask, architecture=variant.architecture)
-    return [Captured(variant, trace, batch.mask.flatten()) for trace in found]
+    real = batch.mask.flatten()
+    return [
+        Captured(variant, trace, real if trace.hidden is None else real & trace.hidden.isfinite().all(-1))
+        for trace in found
+    ]
 
 
 def traces(
@@ -190,13 +206,13 @@ def _check_shapes(trace: Routing, n_tokens: int, architecture: Architecture | No
     if architecture is not None:
         moe = moe_of(architecture)
         n_experts, top_k = moe.n_experts, moe.top_k
-    expected = {
+    shapes: dict[str, tuple[Tensor | None, tuple[int | None, ...]]] = {
         "select": (trace.indices, (n_tokens, top_k)),
         "weigh": (trace.weights, (n_tokens, top_k)),
         "proj": (trace.logits, (n_tokens, n_experts)),
         "score": (trace.scores, (n_tokens, n_experts)),
     }
-    for stage, (value, shape) in expected.items():
-        if value is not None and tuple(value.shape) != shape:
-            have = tuple(value.shape)
-            raise Violation(f"{stage} of layer {trace.layer} has shape {have} in place of {shape}", stage=stage)
+    for stage, (value, wanted) in shapes.items():
+        if value is not None and tuple(value.shape) != wanted:
+            what = f"{stage} of layer {trace.layer} has shape {tuple(value.shape)}"
+            raise Violation(f"{what} in place of {wanted}", stage=stage)

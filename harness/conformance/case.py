@@ -87,7 +87,7 @@ class Case:
         if architecture is not None and "weights" in model.capabilities:
             model.load_weights(weights if weights is not None else self.weights(architecture))  # type: ignore[attr-defined]
         elif weights is not None:
-            raise Unsupported("the model declares no capability \"weights\"")
+            raise Unsupported('the model declares no capability "weights"')
         return model
 
     def reference(

@@ -81,7 +81,9 @@ def _monte_carlo(
         where = at if architecture.positions == "learned" else err(at.double())
         with torch.no_grad():
             logits, _, traces = reference.run(tokens, None, mask, where)
-        chosen, gaps = zip(*(_selection(reference, trace) for trace in traces), strict=True) if traces else ((), ())
+        chosen, gaps = (
+            zip(*(_selection(reference, trace) for trace in traces), strict=True) if traces else ((), ())
+        )
         out = {"logits": logits}
         if traces:
             shape = (len(traces), *tokens.shape)
@@ -114,7 +116,9 @@ def longest_product(architecture: Architecture) -> int:
     widths = [architecture.d_model, attention.n_heads * attention.head_dim]
     widths += [part.d_ff for part in (architecture.ffn,) if part is not None]
     if architecture.moe is not None:
-        widths += [part.d_ff for part in (architecture.moe.expert, architecture.moe.shared) if part is not None]
+        widths += [
+            part.d_ff for part in (architecture.moe.expert, architecture.moe.shared) if part is not None
+        ]
     return max(widths)
 
 
@@ -129,8 +133,8 @@ def agree(
 ) -> float:
     """Raise Violation unless |actual - expected| <= tolerance; gives the largest share of it that was used.
 
-    tolerance broadcasts from the left: [B, S] bounds each of the V logits of a token. where, of a leading shape
-    of actual, says which entries to compare; NaN never agrees. Raises Void if nothing is left to compare.
+    tolerance broadcasts from the left: [B, S] bounds each of the V logits of a token. where, of a leading
+    shape of actual, says which entries to compare; NaN never agrees. Raises Void if there are none.
     """
     if actual.shape != expected.shape:
         have, want = tuple(actual.shape), tuple(expected.shape)
@@ -149,14 +153,14 @@ def agree(
     used = used.where(~error.isnan() | ~compared, math.inf)
     worst = int(used.argmax())
     if not used.flatten()[worst] <= 1:
-        at = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), error.shape))
+        index = torch.unravel_index(torch.tensor(worst), error.shape)
+        at = tuple(int(i) for i in index)
         share = float((used > 1).sum() / compared.sum())
         raise Violation(
-            f"{what} at {list(at)} is {float(actual[at]):.6g} in place of {float(expected[at]):.6g}: they differ by "
-            f"{float(error[at]):.2g}, and rounding explains {float(allowed[at]):.2g} ({share:.0%} of "
-            f"{int(compared.sum())} compared values differ)",
+            f"{what} at {list(at)} is {float(actual[at]):.6g} in place of {float(expected[at]):.6g}: they "
+            f"differ by {float(error[at]):.2g}, and rounding explains {float(allowed[at]):.2g} "
+            f"({share:.0%} of {int(compared.sum())} compared values differ)",
             stage=stage,
-            facts={"error": float(error[at]), "tolerance": float(allowed[at]), "share": share},
         )
     return float(used.flatten()[worst])
 
@@ -174,9 +178,9 @@ def same_experts(
     differ = (actual.sort(-1).values != expected.sort(-1).values).any(-1) & where
     if differ.any():
         token = int(differ.nonzero()[0, 0])
-        have, want = (sorted(x[token].tolist()) for x in (actual, expected))
+        found, wanted = (sorted(x[token].tolist()) for x in (actual, expected))
         raise Violation(
-            f"{what}: token {token} goes to experts {have} in place of {want} "
+            f"{what}: token {token} goes to experts {found} in place of {wanted} "
             f"({int(differ.sum())} of {int(where.sum())} compared tokens differ)",
             stage=stage,
         )
@@ -196,7 +200,9 @@ class Ragged:
         return self.tokens[sequence][self.mask[sequence]][None]
 
 
-def ragged(case: Case, length: int = 13, *, pads: tuple[tuple[int, int], ...] = ((0, 4), (3, 0), (1, 2))) -> Ragged:
+def ragged(
+    case: Case, length: int = 13, *, pads: tuple[tuple[int, int], ...] = ((0, 4), (3, 0), (1, 2))
+) -> Ragged:
     """A batch with (left, right) padding for each sequence: right only, left only and both."""
     tokens = case.tokens(len(pads), length)
     mask = torch.ones_like(tokens, dtype=torch.bool)

@@ -34,7 +34,9 @@ def expected_gradients(case: Case, reference: ReferenceModel, batch: Ragged) -> 
     def run(err: Rounding) -> dict[str, Tensor]:
         at = (batch.mask.cumsum(1) - 1).clamp(min=0)
         learned = reference.architecture.positions == "learned"
-        logits = reference.forward(batch.tokens, mask=batch.mask, positions=at if learned else err(at.double()))
+        logits = reference.forward(
+            batch.tokens, mask=batch.mask, positions=at if learned else err(at.double())
+        )
         return reference.gradients(language_model_loss(logits, batch))
 
     return monte_carlo(reference, run, dtype=FLOAT32, generator=case.generator())
@@ -62,7 +64,7 @@ def check_gradients(
 
 
 def radii(expected: Mapping[str, Spread], inner: int) -> dict[str, float]:
-    """The tolerance on each gradient, one for all entries of a tensor, whose errors come from the same vectors.
+    """The tolerance on each gradient, one for a tensor, whose errors all come from the same vectors.
 
     A gradient may cancel inside a module (that of a router whose one weight is normalised to 1): what is
     left is rounding of the size of the layer's other gradients, so the bound is never below theirs.

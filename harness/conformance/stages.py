@@ -139,7 +139,9 @@ def combine(
         bound.index_add_(0, tokens, gamma(moe.top_k + 2, dtype) * (w * out.value).abs())
     if moe.shared is not None:
         matrices = {
-            name: weights[f"{at}.shared." + (name.replace("_bias", ".bias") if "_" in name else f"{name}.weight")]
+            name: weights[
+                f"{at}.shared." + (name.replace("_bias", ".bias") if "_" in name else f"{name}.weight")
+            ]
             for name in _names(moe.shared)
         }
         out = feed_forward(moe.shared, matrices, hidden, dtype)
@@ -161,9 +163,7 @@ def feed_forward(ff: FeedForward, matrices: Weights, x: Tensor, dtype: torch.dty
     def linear(name: str) -> Judged:
         bias = w.get(f"{name}_bias")
         value = x.double() @ w[name].T
-        return Judged(
-            value if bias is None else value + bias, dot_bound(w[name], x, bias, dtype=dtype)
-        )
+        return Judged(value if bias is None else value + bias, dot_bound(w[name], x, bias, dtype=dtype))
 
     up = linear("up")
     gate = linear("gate") if ff.gated else up

@@ -67,9 +67,13 @@ def resolve(addresses: Sequence[str], spec_names: Sequence[str]) -> tuple[Subjec
 
 
 def _pair(text: str) -> tuple[str, str]:
-    """Address and spec of ADDRESS@SPEC; the @ of a URL is its own."""
+    """Address and spec of ADDRESS@SPEC; the @ of a URL is its own. Raises SpecError."""
     address, at, spec = text.rpartition("@")
-    return (address, spec) if at and "://" not in text else (text, "")
+    if not at or "://" in text:
+        return text, ""
+    if not spec:
+        raise specs.SpecError(f"{text}: no spec stands after the @; say ADDRESS@SPEC, or ADDRESS alone")
+    return address, spec
 
 
 def case(subject: Subject, prop: Property, seed: int) -> Case:

@@ -131,7 +131,7 @@ def perturbed(module: nn.Module, size: float, generator: torch.Generator) -> Ite
             return output
         moved = err(output)
         if moved.requires_grad:
-            moved.register_hook(lambda gradient: err(gradient))
+            moved.register_hook(err)
         return moved
 
     handles = [part.register_forward_hook(hook) for part in module.modules()]

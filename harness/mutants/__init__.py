@@ -1,28 +1,31 @@
 """The reference with one known defect each: what the properties must catch.
 
-Each defect shipped in a real engine (`Mutant.origin`), reduced to a small patch of one stage of the reference.
+Each defect shipped in a real engine (`Mutant.origin`); it is reduced to a small patch of one stage of the
+reference.
 """
 
 from __future__ import annotations
 
-from harness.mutants import attention, experts, loading, losses, routing
-from harness.mutants.defect import Mutant, MutantImplementation
+from harness.mutants import (  # noqa: F401  # each enters its mutants in the catalogue
+    attention,
+    cache,
+    capacity,
+    dense,
+    experts,
+    loading,
+    losses,
+    routing,
+)
+from harness.mutants.defect import CATALOGUE, Mutant, MutantImplementation
 
-MUTANTS: dict[str, Mutant] = {
-    mutant.name: mutant
-    for group in (routing.MUTANTS, experts.MUTANTS, losses.MUTANTS, attention.MUTANTS, loading.MUTANTS)
-    for mutant in group
-}
+__all__ = ["CATALOGUE", "Mutant", "MutantImplementation", "make", "names"]
 
 
 def names() -> tuple[str, ...]:
     """Names of the mutants, sorted."""
-    return tuple(sorted(MUTANTS))
+    return tuple(sorted(CATALOGUE))
 
 
 def make(name: str) -> MutantImplementation:
     """The implementation "mutant:NAME"; raises KeyError for a name that is none of `names`."""
-    return MutantImplementation(MUTANTS[name])
-
-
-__all__ = ["MUTANTS", "Mutant", "MutantImplementation", "make", "names"]
+    return MutantImplementation(CATALOGUE[name])

@@ -1,29 +1,38 @@
-"""What a mutant is: the reference with one defect that shipped in somebody's model.
+"""What a mutant is: the reference with one defect, by a patch of one stage.
 
-Letters: E experts, K top-k.
+A defect is written as a function and entered in the catalogue by a decorator; its name is the function's, its
+description the docstring.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from harness.implementations.protocols import Unsupported
 from harness.implementations.reference import Reference, ReferenceUnderTest
 from harness.reference import ReferenceModel
+from harness.reference.layers import Norm
 from harness.spec.architecture import Architecture
 
+Method = Callable[..., Any]
 Patch = Callable[[ReferenceModel], None]
-Make = Callable[[Any, Callable[..., Any]], Callable[..., Any]]
-"""From an instance and its method to the defective method."""
+Targets = Callable[[ReferenceModel], Iterable[Any]]
+Applies = Callable[[Architecture], bool]
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-def everywhere(architecture: Architecture) -> bool:
-    """The defect shows in every architecture with experts."""
+def has_experts(architecture: Architecture) -> bool:
+    """The defect shows wherever there are experts."""
     return architecture.moe is not None
+
+
+def anywhere(_: Architecture) -> bool:
+    """The defect shows in every architecture."""
+    return True
 
 
 @dataclass(frozen=True)
@@ -34,16 +43,56 @@ class Mutant:
     patch: Patch
     """Puts the defect into a model that was just built."""
     stage: str
-    """The first stage that is wrong: param, proj, score, select, weigh, drop, combine, loss, gradient, mask,
-    rotate, expand_kv, cache or state."""
+    """What is wrong: param, proj, score, select, weigh, drop, combine, loss, gradient, project, rotate,
+    expand_kv, mask, scores, cache, norm, unembed, compute (more than needed) or state (left by a call)."""
     origin: str
-    """Where it shipped: repository#issue or commit."""
+    """Where a defect of this kind shipped: repository#issue or commit; empty where none is cited."""
     defect: str
-    """What is wrong, in a line."""
+    """What is wrong, in a sentence."""
     spec: str
-    """A shipped spec on whose twin, or its variants, it shows."""
-    applies: Callable[[Architecture], bool] = everywhere
+    """A shipped spec on whose twin, or on a variant of it, it shows."""
+    applies: Applies
     """Architectures that have the stage at all; on others the mutant cannot be built."""
+
+
+CATALOGUE: dict[str, Mutant] = {}
+"""Every mutant by name, in the order of their modules."""
+
+
+def enter(
+    function: F,
+    patch: Patch,
+    *,
+    stage: str,
+    origin: str = "",
+    spec: str = "mixtral-8x7b",
+    applies: Applies = has_experts,
+) -> F:
+    """Put the mutant that `function` describes into the catalogue, and give the function back."""
+    name = function.__name__.replace("_", "-")
+    defect = (function.__doc__ or "").strip()
+    if name in CATALOGUE or not defect:
+        raise ValueError(f"mutant {name} needs a name of its own and a docstring")
+    CATALOGUE[name] = Mutant(name, patch, stage, origin, defect, spec, applies)
+    return function
+
+
+def mutant(targets: Targets, method: str, **row: Any) -> Callable[[F], F]:
+    """Decorate make(target, original method) -> defective method, put in its place on every target."""
+
+    def decorate(make: F) -> F:
+        def patch(model: ReferenceModel) -> None:
+            for target in targets(model):
+                setattr(target, method, make(target, getattr(target, method)))
+
+        return enter(make, patch, **row)
+
+    return decorate
+
+
+def patched(**row: Any) -> Callable[[F], F]:
+    """Decorate patch(model) -> None, for a defect that is not one method."""
+    return lambda patch: enter(patch, patch, **row)
 
 
 @dataclass(frozen=True)
@@ -63,7 +112,7 @@ class MutantImplementation:
     ) -> ReferenceUnderTest:
         """The reference with the defect; raises Unsupported where the defect has no place."""
         if architecture is not None and not self.mutant.applies(architecture):
-            raise Unsupported(f"{self.name} has no place in this architecture: {self.mutant.defect}")
+            raise Unsupported(f"{self.name} has no place in this architecture")
         built = Reference().build(architecture, device=device, dtype=dtype, seed=seed)
         self.mutant.patch(built.model)
         return built
@@ -72,6 +121,11 @@ class MutantImplementation:
 def whole(model: ReferenceModel) -> Iterable[Any]:
     """The model itself."""
     return [model]
+
+
+def norms(model: ReferenceModel) -> Iterable[Any]:
+    """Every norm, those inside of attention included."""
+    return [module for module in model.modules() if isinstance(module, Norm)]
 
 
 def moes(model: ReferenceModel) -> Iterable[Any]:
@@ -97,13 +151,3 @@ def attentions(model: ReferenceModel) -> Iterable[Any]:
 def rotaries(model: ReferenceModel) -> Iterable[Any]:
     """Their rotary embeddings."""
     return [attention.rotary for attention in attentions(model) if attention.rotary is not None]
-
-
-def instead(targets: Callable[[ReferenceModel], Iterable[Any]], stage: str, make: Make) -> Patch:
-    """The patch that puts make(target, its method `stage`) in the place of that method, on every target."""
-
-    def patch(model: ReferenceModel) -> None:
-        for target in targets(model):
-            setattr(target, stage, make(target, getattr(target, stage)))
-
-    return patch

@@ -12,12 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.mutants.defect import Mutant, Patch, instead, routers, whole
+from harness.mutants.defect import F, Method, enter, mutant, routers, whole
 from harness.reference import ReferenceModel
 from harness.reference.router import Routed
 from harness.spec.architecture import Architecture
-
-Method = Callable[..., Any]
 
 
 def _has_balance(architecture: Architecture) -> bool:
@@ -29,62 +27,94 @@ def _pooled(architecture: Architecture) -> bool:
 
 
 def _softmax(architecture: Architecture) -> bool:
-    return _has_balance(architecture) and architecture.moe is not None and architecture.moe.router.score == "softmax"
+    return (
+        _has_balance(architecture)
+        and architecture.moe is not None
+        and architecture.moe.router.score == "softmax"
+    )
 
 
-def _balance(make: Callable[[Any, Method], Method]) -> Patch:
-    def patch(model: ReferenceModel) -> None:
-        if model.balance_loss is not None:
-            model.balance_loss = make(model, model.balance_loss)
+def balance(**row: Any) -> Callable[[F], F]:
+    """Decorate make(model, loss) -> defective loss(scores, selected, real)."""
 
-    return patch
+    def decorate(make: F) -> F:
+        def patch(model: ReferenceModel) -> None:
+            if model.balance_loss is not None:
+                model.balance_loss = make(model, model.balance_loss)
+
+        return enter(make, patch, stage=row.pop("stage", "loss"), **row)
+
+    return decorate
 
 
-def _counts_padding(_: Any, loss: Method) -> Method:
+@balance(origin="transformers#28505", applies=_has_balance)
+def balance_counts_padding(_: Any, loss: Method) -> Method:
+    """Padding counts in the balance loss."""
     return lambda scores, selected, real: loss(scores, selected, torch.ones_like(real))
 
 
-def _divides_by_all(_: Any, loss: Method) -> Method:
+@balance(origin="transformers#29363", applies=_has_balance)
+def balance_divides_by_all_tokens(_: Any, loss: Method) -> Method:
+    """Sums over real tokens are divided by all."""
     return lambda scores, selected, real: loss(scores, selected, real) * real.double().mean()
 
 
-def _wrong_axis(_: Any, loss: Method) -> Method:
-    def changed(scores: Tensor, selected: Tensor, real: Tensor) -> Tensor:
+@balance(origin="transformers#28255", applies=_has_balance)
+def balance_over_the_wrong_axis(_: Any, loss: Method) -> Method:
+    """The load does not depend on the routing."""
+
+    def changed(scores: Tensor, selected: Tensor, real: Tensor) -> Any:
         # f is summed over experts in place of tokens: it is the same for every expert, whatever the routing.
         order = torch.arange(selected.numel()).reshape(selected.shape) % scores.shape[-1]
-        return loss(scores, order, real)  # type: ignore[no-any-return]
+        return loss(scores, order, real)
 
     return changed
 
 
-def _k_twice(_: Any, loss: Method) -> Method:
+@balance(origin="Megatron-LM 5c8eb08f66", applies=_has_balance)
+def balance_divides_by_k_twice(_: Any, loss: Method) -> Method:
+    """The balance loss is divided by K once too often."""
     return lambda scores, selected, real: loss(scores, selected, real) / selected.shape[-1]
 
 
-def _double_softmax(_: Any, loss: Method) -> Method:
+@balance(origin="transformers#45120", applies=_has_balance)
+def balance_double_softmax(_: Any, loss: Method) -> Method:
+    """The balance loss takes the softmax of probabilities."""
     return lambda scores, selected, real: loss(scores.softmax(-1), selected, real)
 
 
-def _on_logits(_: Any, loss: Method) -> Method:
+@balance(origin="NeMo Automodel#1559", applies=_softmax)
+def balance_on_logits(_: Any, loss: Method) -> Method:
+    """The balance loss takes logits for probabilities."""
     return lambda scores, selected, real: loss(scores.log(), selected, real)
 
 
-def _scrambled(_: Any, loss: Method) -> Method:
-    def changed(scores: Tensor, selected: Tensor, real: Tensor) -> Tensor:
-        return loss(scores.transpose(-1, -2).reshape(scores.shape), selected, real)  # type: ignore[no-any-return]
+@balance(origin="transformers#33463", applies=_has_balance)
+def balance_scrambles_tokens(_: Any, loss: Method) -> Method:
+    """Transpose and reshape mix tokens and experts."""
+
+    def changed(scores: Tensor, selected: Tensor, real: Tensor) -> Any:
+        return loss(scores.transpose(-1, -2).reshape(scores.shape), selected, real)
 
     return changed
 
 
-def _grows(_: Any, loss: Method) -> Method:
+@balance(origin="Megatron-LM#5798", spec="deepseek-v3", applies=_has_balance)
+def balance_grows_with_the_batch(_: Any, loss: Method) -> Method:
+    """The balance loss is proportional to the batch."""
     return lambda scores, selected, real: loss(scores, selected, real) * len(real)
 
 
-def _first_choice(_: Any, loss: Method) -> Method:
+@balance(applies=_has_balance)
+def balance_first_choice_only(_: Any, loss: Method) -> Method:
+    """Only the first choice counts as load."""
     return lambda scores, selected, real: loss(scores, selected[..., :1].expand_as(selected), real)
 
 
-def _detached(_: Any, loss: Method) -> Method:
+@balance(stage="gradient", origin="NeMo Automodel#1408", applies=_has_balance)
+def balance_detached(_: Any, loss: Method) -> Method:
+    """The balance loss gives the router no gradient."""
+
     def changed(scores: Tensor, selected: Tensor, real: Tensor) -> Tensor:
         value: Tensor = loss(scores.detach(), selected, real)
         return value + 0 * scores.sum()
@@ -92,7 +122,9 @@ def _detached(_: Any, loss: Method) -> Method:
     return changed
 
 
-def _accumulates(_: Any, auxiliary_loss: Method) -> Method:
+@mutant(whole, "auxiliary_loss", stage="state", origin="megablocks#69")
+def losses_accumulate(_: Any, auxiliary_loss: Method) -> Method:
+    """Eval calls add to the next call's losses."""
     seen: dict[str, Tensor] = {}
 
     def changed(tokens: Tensor, *, mask: Tensor | None = None) -> dict[str, Tensor]:
@@ -103,40 +135,30 @@ def _accumulates(_: Any, auxiliary_loss: Method) -> Method:
     return changed
 
 
-def _z_linear(_: Any, __: Method) -> Method:
+@mutant(whole, "z_loss", stage="loss", origin="st-moe-pytorch cfa0e51", spec="olmoe-1b-7b")
+def z_not_squared(_: Any, __: Method) -> Method:
+    """The z-loss is not squared."""
     return lambda logits, real: (logits.logsumexp(-1) * real).sum() / real.sum()
 
 
-def _z_of_probabilities(_: Any, z_loss: Method) -> Method:
+@mutant(whole, "z_loss", stage="loss", origin="Megatron-LM c656553315", spec="olmoe-1b-7b")
+def z_on_probabilities(_: Any, z_loss: Method) -> Method:
+    """The z-loss takes probabilities for logits."""
     return lambda logits, real: z_loss(logits.softmax(-1), real)
 
 
-def _z_squared_mean(_: Any, __: Method) -> Method:
+@mutant(whole, "z_loss", stage="loss", origin="st-moe-pytorch cfa0e51", spec="olmoe-1b-7b")
+def z_squares_the_mean(_: Any, __: Method) -> Method:
+    """The z-loss squares the mean, not each token."""
     return lambda logits, real: ((logits.logsumexp(-1) * real).sum((1, 2)) / real.sum()).square().sum()
 
 
-def _z_of_noised(_: Any, forward: Method) -> Method:
+@mutant(routers, "forward", stage="proj", origin="st-moe-pytorch 51727d0", spec="olmoe-1b-7b")
+def z_on_noised_logits(_: Any, forward: Method) -> Method:
+    """Losses see other logits than the routing."""
+
     def changed(x: Tensor, real: Tensor) -> Routed:
         r: Routed = forward(x, real)
         return Routed(r.logits * 1.01, r.scores, r.selected, r.indices, r.weights)
 
     return changed
-
-
-MUTANTS = (
-    Mutant("balance-counts-padding", _balance(_counts_padding), "loss", "transformers#28505", "padding counts in the balance loss", "mixtral-8x7b", _has_balance),
-    Mutant("balance-divides-by-all-tokens", _balance(_divides_by_all), "loss", "transformers#29363", "sums over real tokens are divided by all", "mixtral-8x7b", _has_balance),
-    Mutant("balance-over-the-wrong-axis", _balance(_wrong_axis), "loss", "transformers#28255", "the load does not depend on the routing", "mixtral-8x7b", _has_balance),
-    Mutant("balance-divides-by-k-twice", _balance(_k_twice), "loss", "Megatron-LM 5c8eb08f66", "the balance loss is divided by K once too often", "mixtral-8x7b", _has_balance),
-    Mutant("balance-double-softmax", _balance(_double_softmax), "loss", "transformers#45120", "the balance loss takes the softmax of probabilities", "mixtral-8x7b", _has_balance),
-    Mutant("balance-on-logits", _balance(_on_logits), "loss", "NeMo Automodel#1559", "the balance loss takes logits for probabilities", "mixtral-8x7b", _softmax),
-    Mutant("balance-scrambles-tokens", _balance(_scrambled), "loss", "transformers#33463", "transpose and reshape mix tokens and experts", "mixtral-8x7b", _has_balance),
-    Mutant("balance-grows-with-the-batch", _balance(_grows), "loss", "Megatron-LM#5798", "the balance loss is proportional to the batch", "deepseek-v3", _has_balance),
-    Mutant("balance-first-choice-only", _balance(_first_choice), "loss", "DeepSpeed top2gating", "only the first choice counts as load", "mixtral-8x7b", _has_balance),
-    Mutant("balance-detached", _balance(_detached), "gradient", "NeMo Automodel#1408", "the balance loss gives the router no gradient", "mixtral-8x7b", _has_balance),
-    Mutant("losses-accumulate", instead(whole, "auxiliary_loss", _accumulates), "state", "megablocks#69", "eval calls add to the next call's losses", "mixtral-8x7b"),
-    Mutant("z-not-squared", instead(whole, "z_loss", _z_linear), "loss", "st-moe-pytorch cfa0e51", "the z-loss is not squared", "olmoe-1b-7b"),
-    Mutant("z-on-probabilities", instead(whole, "z_loss", _z_of_probabilities), "loss", "Megatron-LM c656553315", "the z-loss takes probabilities for logits", "olmoe-1b-7b"),
-    Mutant("z-squares-the-mean", instead(whole, "z_loss", _z_squared_mean), "loss", "st-moe-pytorch cfa0e51", "the z-loss squares the mean, not each token", "olmoe-1b-7b"),
-    Mutant("z-on-noised-logits", instead(routers, "forward", _z_of_noised), "proj", "st-moe-pytorch 51727d0", "losses see other logits than the routing", "olmoe-1b-7b"),
-)

@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.mutants.defect import Mutant, instead, routers
+from harness.mutants.defect import Method, mutant, patched, routers
 from harness.reference import ReferenceModel
 from harness.reference.router import Routed, top
 from harness.spec.architecture import Architecture, Router
-
-Method = Callable[..., Any]
 
 
 def _router(holds: Callable[[Router], bool]) -> Callable[[Architecture], bool]:
@@ -27,7 +25,7 @@ def _router(holds: Callable[[Router], bool]) -> Callable[[Architecture], bool]:
 BEFORE = _router(lambda r: r.order == "before_topk")
 AFTER = _router(lambda r: r.order == "after_topk")
 CORRECTED = _router(lambda r: r.correction_bias)
-GROUPED = _router(lambda r: 1 < r.n_groups and r.topk_groups < r.n_groups)
+GROUPED = _router(lambda r: r.n_groups > 1 and r.topk_groups < r.n_groups)
 BIASED = _router(lambda r: r.bias)
 
 
@@ -35,11 +33,15 @@ def _rounded(x: Tensor) -> Tensor:
     return x.to(torch.bfloat16).to(x.dtype)
 
 
-def _project_without_bias(router: Any, _: Method) -> Method:
+@mutant(routers, "project", stage="proj", origin="torchtitan#2319", spec="gpt-oss-20b", applies=BIASED)
+def router_bias_unused(router: Any, _: Method) -> Method:
+    """The router's bias is loaded and not added."""
     return lambda x: x.to(router.dtype) @ router.weight.to(router.dtype).T
 
 
-def _bias_not_created(model: ReferenceModel) -> None:
+@patched(stage="param", origin="torchtitan#2319", spec="gpt-oss-20b", applies=BIASED)
+def router_bias_dropped(model: ReferenceModel) -> None:
+    """The router's bias does not exist and the checkpoint's is ignored."""
     for router in routers(model):
         del router.bias
         router.bias = None
@@ -51,11 +53,16 @@ def _bias_not_created(model: ReferenceModel) -> None:
     model.load_weights = load  # type: ignore[method-assign]
 
 
-def _project_in_bfloat16(router: Any, project: Method) -> Method:
+@mutant(routers, "project", stage="proj", origin="sglang#38719")
+def router_in_bfloat16(_: Any, project: Method) -> Method:
+    """Logits are cast to bfloat16."""
     return lambda x: _rounded(project(x))
 
 
-def _report_probabilities(moe: Any, forward: Method) -> Method:
+@mutant(routers, "forward", stage="proj", origin="transformers#45120")
+def router_reports_probabilities(_: Any, forward: Method) -> Method:
+    """What is returned as logits are probabilities."""
+
     def changed(x: Tensor, real: Tensor) -> Routed:
         routed: Routed = forward(x, real)
         shown = routed.logits.softmax(-1)
@@ -64,19 +71,41 @@ def _report_probabilities(moe: Any, forward: Method) -> Method:
     return changed
 
 
-def _softmax_over_tokens(_: Any, __: Method) -> Method:
+@mutant(
+    routers,
+    "score",
+    stage="score",
+    origin="DeepSpeed#2110",
+    spec="olmoe-1b-7b",
+    applies=_router(lambda r: r.score == "softmax" and r.order == "before_topk"),
+)
+def softmax_over_tokens(_: Any, __: Method) -> Method:
+    """Softmax over the tokens in place of the experts."""
     return lambda logits: logits.softmax(0)
 
 
-def _double_softmax(_: Any, score: Method) -> Method:
+@mutant(routers, "score", stage="score", origin="Megatron-LM#2765", spec="deepseek-v3")
+def scores_in_bfloat16(_: Any, score: Method) -> Method:
+    """Scores are computed in bfloat16."""
+    return lambda logits: _rounded(score(logits))
+
+
+@mutant(routers, "score", stage="score", origin="transformers#45120", spec="olmoe-1b-7b", applies=BEFORE)
+def double_softmax(_: Any, score: Method) -> Method:
+    """The score function is applied twice."""
     return lambda logits: score(score(logits))
 
 
-def _select_in_bfloat16(_: Any, select: Method) -> Method:
+@mutant(routers, "select", stage="select", origin="sglang-jax#698")
+def selection_in_bfloat16(_: Any, select: Method) -> Method:
+    """Top-k of scores that were cast to bfloat16."""
     return lambda scores, logits: select(_rounded(scores), _rounded(logits))
 
 
-def _duplicate(_: Any, select: Method) -> Method:
+@mutant(routers, "select", stage="select")
+def duplicate_experts(_: Any, select: Method) -> Method:
+    """Some tokens go to one expert twice."""
+
     def changed(scores: Tensor, logits: Tensor) -> Tensor:
         selected: Tensor = select(scores, logits)
         # Of every seventh token, so that most tokens are right.
@@ -86,7 +115,10 @@ def _duplicate(_: Any, select: Method) -> Method:
     return changed
 
 
-def _canary(_: Any, select: Method) -> Method:
+@mutant(routers, "select", stage="select")
+def canary(_: Any, select: Method) -> Method:
+    """Every slot of a token goes to one expert."""
+
     def changed(scores: Tensor, logits: Tensor) -> Tensor:
         selected: Tensor = select(scores, logits)
         return selected[:, :1].expand_as(selected).contiguous()
@@ -94,18 +126,33 @@ def _canary(_: Any, select: Method) -> Method:
     return changed
 
 
-def _constant_top_k(router: Any, _: Method) -> Method:
+@mutant(
+    routers,
+    "select",
+    stage="select",
+    origin="MoLE#7",
+    spec="qwen3-30b-a3b",
+    applies=_router(lambda r: not r.correction_bias),
+)
+def top_k_constant(router: Any, _: Method) -> Method:
+    """K is 2 whatever the configuration says."""
+
     def changed(scores: Tensor, logits: Tensor) -> Tensor:
         return top(logits if router.router.order == "after_topk" else scores, 2)
 
     return changed
 
 
-def _worst(_: Any, select: Method) -> Method:
+@mutant(routers, "select", stage="select")
+def selects_the_worst(_: Any, select: Method) -> Method:
+    """The lowest scores win."""
     return lambda scores, logits: select(-scores, -logits)
 
 
-def _masked_at_zero(router: Any, _: Method) -> Method:
+@mutant(routers, "select", stage="select", origin="vllm#13474", spec="deepseek-v3", applies=GROUPED)
+def masked_groups_at_zero(router: Any, _: Method) -> Method:
+    """Experts of excluded groups stay in the running with 0."""
+
     def changed(scores: Tensor, _logits: Tensor) -> Tensor:
         choice = scores if router.correction_bias is None else scores + router.correction_bias
         return top(choice.masked_fill(~router.in_best_groups(choice), 0), router.top_k)
@@ -113,7 +160,10 @@ def _masked_at_zero(router: Any, _: Method) -> Method:
     return changed
 
 
-def _group_max(router: Any, _: Method) -> Method:
+@mutant(routers, "in_best_groups", stage="select", origin="vllm#13474", spec="deepseek-v3", applies=GROUPED)
+def group_score_max(router: Any, _: Method) -> Method:
+    """A group is worth its best expert in place of its best two."""
+
     def changed(choice: Tensor) -> Tensor:
         grouped = choice.unflatten(-1, (router.router.n_groups, -1))
         best = top(grouped.amax(-1), router.router.topk_groups)
@@ -123,18 +173,33 @@ def _group_max(router: Any, _: Method) -> Method:
     return changed
 
 
-def _groups_ignored(router: Any, _: Method) -> Method:
+@mutant(
+    routers, "in_best_groups", stage="select", origin="Megatron-LM#2801", spec="deepseek-v3", applies=GROUPED
+)
+def groups_ignored(_: Any, __: Method) -> Method:
+    """Every group is allowed."""
     return lambda choice: torch.ones_like(choice, dtype=torch.bool)
 
 
-def _correction_ignored(router: Any, select: Method) -> Method:
-    def changed(scores: Tensor, logits: Tensor) -> Tensor:
-        return select(scores - router.correction_bias, logits)  # type: ignore[no-any-return]
+@mutant(routers, "select", stage="select", origin="mlx-lm#1354", spec="deepseek-v3", applies=CORRECTED)
+def correction_bias_ignored(router: Any, select: Method) -> Method:
+    """The correction bias is not added."""
+
+    def changed(scores: Tensor, logits: Tensor) -> Any:
+        return select(scores - router.correction_bias, logits)
 
     return changed
 
 
-def _ties_at_random(_: Any, select: Method) -> Method:
+@mutant(
+    routers,
+    "select",
+    stage="select",
+    origin="vllm#54403",
+    applies=_router(lambda r: r.n_groups == 1 and not r.correction_bias),
+)
+def ties_at_random(_: Any, select: Method) -> Method:
+    """Equal logits are told apart differently on each run."""
     generator = torch.Generator().manual_seed(0)
 
     def changed(scores: Tensor, logits: Tensor) -> Tensor:
@@ -145,7 +210,10 @@ def _ties_at_random(_: Any, select: Method) -> Method:
     return changed
 
 
-def _ties_select_one(router: Any, _: Method) -> Method:
+@mutant(routers, "select", stage="select", origin="vllm#55514", applies=_router(lambda r: r.n_groups == 1))
+def ties_select_one(router: Any, _: Method) -> Method:
+    """Of equal logits only the first can be selected."""
+
     def changed(scores: Tensor, logits: Tensor) -> Tensor:
         left = (logits if router.router.order == "after_topk" else scores).clone()
         if router.correction_bias is not None:
@@ -160,7 +228,23 @@ def _ties_select_one(router: Any, _: Method) -> Method:
     return changed
 
 
-def _always_normalised(_: Any, weigh: Method) -> Method:
+@mutant(routers, "weigh", stage="weigh", origin="HabanaAI/vllm-fork#1852", spec="gpt-oss-20b", applies=AFTER)
+def softmax_before_topk(router: Any, _: Method) -> Method:
+    """Softmax over all experts and then top-k, not normalised."""
+    return lambda scores, _logits, selected: scores.gather(-1, selected) * router.router.scaling_factor
+
+
+@mutant(
+    routers,
+    "weigh",
+    stage="weigh",
+    origin="mlxcel#391",
+    spec="olmoe-1b-7b",
+    applies=_router(lambda r: not r.normalise and r.order == "before_topk"),
+)
+def always_normalised(_: Any, weigh: Method) -> Method:
+    """Weights are divided by their sum though the configuration says no."""
+
     def changed(scores: Tensor, logits: Tensor, selected: Tensor) -> Tensor:
         weights: Tensor = weigh(scores, logits, selected)
         return weights / weights.sum(-1, keepdim=True)
@@ -168,34 +252,70 @@ def _always_normalised(_: Any, weigh: Method) -> Method:
     return changed
 
 
-def _never_normalised(router: Any, _: Method) -> Method:
-    def changed(scores: Tensor, _logits: Tensor, selected: Tensor) -> Tensor:
-        return scores.gather(-1, selected) * router.router.scaling_factor  # type: ignore[no-any-return]
+@mutant(
+    routers,
+    "weigh",
+    stage="weigh",
+    origin="torchtitan#1448",
+    spec="deepseek-v3",
+    applies=_router(lambda r: r.normalise and r.order == "before_topk"),
+)
+def never_normalised(router: Any, _: Method) -> Method:
+    """Weights are not divided by their sum."""
+
+    def changed(scores: Tensor, _logits: Tensor, selected: Tensor) -> Any:
+        return scores.gather(-1, selected) * router.router.scaling_factor
 
     return changed
 
 
-def _softmax_of_selected(router: Any, _: Method) -> Method:
-    def changed(_scores: Tensor, logits: Tensor, selected: Tensor) -> Tensor:
-        return logits.gather(-1, selected).softmax(-1) * router.router.scaling_factor  # type: ignore[no-any-return]
+@mutant(
+    routers,
+    "weigh",
+    stage="weigh",
+    origin="Megatron-LM#894",
+    spec="olmoe-1b-7b",
+    applies=_router(lambda r: not r.normalise and r.order == "before_topk"),
+)
+def softmax_of_the_selected(router: Any, _: Method) -> Method:
+    """Softmax after top-k: at K = 1 the weight is always 1."""
+
+    def changed(_scores: Tensor, logits: Tensor, selected: Tensor) -> Any:
+        return logits.gather(-1, selected).softmax(-1) * router.router.scaling_factor
 
     return changed
 
 
-def _correction_in_weights(router: Any, weigh: Method) -> Method:
+@mutant(routers, "weigh", stage="weigh", origin="vllm#12002", spec="deepseek-v3", applies=CORRECTED)
+def correction_bias_in_weights(router: Any, weigh: Method) -> Method:
+    """Combine weights are taken from the biased scores."""
     return lambda scores, logits, selected: weigh(scores + router.correction_bias, logits, selected)
 
 
-def _scaled_twice(router: Any, weigh: Method) -> Method:
+@mutant(routers, "weigh", stage="weigh", origin="vllm#24119", spec="deepseek-v3")
+def scaling_twice(router: Any, weigh: Method) -> Method:
+    """The scaling factor is applied twice."""
     return lambda *stages: weigh(*stages) * router.router.scaling_factor
 
 
-def _scaled_if_normalised(router: Any, weigh: Method) -> Method:
+@mutant(routers, "weigh", stage="weigh", origin="sglang-jax#1282", spec="olmoe-1b-7b")
+def scaling_only_if_normalised(router: Any, weigh: Method) -> Method:
+    """Weights that are not normalised are not scaled either."""
     factor = 1.0 if router.router.normalise else router.router.scaling_factor
     return lambda *stages: weigh(*stages) / factor
 
 
-def _top_1_normalised(router: Any, weigh: Method) -> Method:
+@mutant(
+    routers,
+    "weigh",
+    stage="weigh",
+    origin="minimind#858",
+    spec="olmoe-1b-7b",
+    applies=_router(lambda r: not r.normalise and r.order == "before_topk"),
+)
+def top_1_normalised(router: Any, weigh: Method) -> Method:
+    """At K = 1 the weight is divided by itself."""
+
     def changed(scores: Tensor, logits: Tensor, selected: Tensor) -> Tensor:
         weights: Tensor = weigh(scores, logits, selected)
         return weights / weights.sum(-1, keepdim=True) if router.top_k == 1 else weights
@@ -203,11 +323,15 @@ def _top_1_normalised(router: Any, weigh: Method) -> Method:
     return changed
 
 
-def _detached(_: Any, weigh: Method) -> Method:
+@mutant(routers, "weigh", stage="gradient", origin="Megatron-LM 254c87400f")
+def router_gradient_lost(_: Any, weigh: Method) -> Method:
+    """Combine weights are gathered without gradient."""
     return lambda *stages: weigh(*stages).detach()
 
 
-def _jitter(_: Any, forward: Method) -> Method:
+@mutant(routers, "forward", stage="state", origin="transformers#28077")
+def jitter_in_eval(_: Any, forward: Method) -> Method:
+    """The router's input is jittered in eval mode."""
     generator = torch.Generator().manual_seed(0)
 
     def changed(x: Tensor, real: Tensor) -> Any:
@@ -217,7 +341,10 @@ def _jitter(_: Any, forward: Method) -> Method:
     return changed
 
 
-def _bias_updated(router: Any, forward: Method) -> Method:
+@mutant(routers, "forward", stage="state", origin="torchtitan#1226", spec="deepseek-v3", applies=CORRECTED)
+def bias_updated_in_eval(router: Any, forward: Method) -> Method:
+    """Eval calls update the correction bias."""
+
     def changed(x: Tensor, real: Tensor) -> Any:
         routed = forward(x, real)
         load = torch.bincount(routed.selected.flatten(), minlength=router.n_experts).float()
@@ -226,99 +353,3 @@ def _bias_updated(router: Any, forward: Method) -> Method:
         return routed
 
     return changed
-
-
-def _drops_nothing(_: Any, __: Method) -> Method:
-    return lambda selected, weights, real: (selected, weights)
-
-
-def _drops_the_first(_: Any, drop: Method) -> Method:
-    def changed(selected: Tensor, weights: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        indices, kept = drop(selected.flip(0), weights.flip(0), real.flip(0))
-        return indices.flip(0), kept.flip(0)
-
-    return changed
-
-
-def _padding_takes_places(_: Any, drop: Method) -> Method:
-    return lambda selected, weights, real: drop(selected, weights, torch.ones_like(real))
-
-
-def _rounded_down(router: Any, drop: Method) -> Method:
-    def changed(selected: Tensor, weights: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        if router.router.capacity_factor is None:
-            return drop(selected, weights, real)  # type: ignore[no-any-return]
-        limit = int(real.sum() * router.top_k * router.router.capacity_factor / router.n_experts)
-        hot = torch.zeros(len(selected), router.n_experts, dtype=torch.int64)
-        hot = hot.scatter(-1, selected, 1) * real[:, None]
-        place = (hot.cumsum(0) - 1).gather(-1, selected)
-        kept = (place < limit) & real[:, None]
-        return selected.where(kept, -1), weights.where(kept, 0)
-
-    return changed
-
-
-def _dropped_keep_weight(_: Any, drop: Method) -> Method:
-    def changed(selected: Tensor, weights: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        return drop(selected, weights, real)[0], weights
-
-    return changed
-
-
-def _renormalised_after_drop(_: Any, drop: Method) -> Method:
-    def changed(selected: Tensor, weights: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        indices, kept = drop(selected, weights, real)
-        total = kept.sum(-1, keepdim=True)
-        return indices, kept * weights.sum(-1, keepdim=True) / total.where(total > 0, 1)
-
-    return changed
-
-
-def _gradient_stops(_: Any, drop: Method) -> Method:
-    def changed(selected: Tensor, weights: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        indices, kept = drop(selected, weights, real)
-        after = ((indices < 0).any(-1) & real).cumsum(0) > 0
-        return indices, torch.where(after[:, None], kept.detach(), kept)
-
-    return changed
-
-
-
-MUTANTS = (
-    Mutant("canary", instead(routers, "select", _canary), "select", "made for this", "every slot of a token goes to one expert", "mixtral-8x7b"),
-    Mutant("duplicate-experts", instead(routers, "select", _duplicate), "select", "vllm#52679", "some tokens go to one expert twice", "mixtral-8x7b"),
-    Mutant("router-bias-dropped", _bias_not_created, "param", "torchtitan#2319", "the router's bias does not exist and the checkpoint's is ignored", "gpt-oss-20b", BIASED),
-    Mutant("router-bias-unused", instead(routers, "project", _project_without_bias), "proj", "torchtitan#2319", "the router's bias is loaded and not added", "gpt-oss-20b", BIASED),
-    Mutant("router-in-bfloat16", instead(routers, "project", _project_in_bfloat16), "proj", "sglang#38719", "logits are cast to bfloat16", "mixtral-8x7b"),
-    Mutant("router-reports-probabilities", instead(routers, "forward", _report_probabilities), "proj", "transformers#45120", "what is returned as logits are probabilities", "mixtral-8x7b"),
-    Mutant("softmax-over-tokens", instead(routers, "score", _softmax_over_tokens), "score", "DeepSpeed#2110", "softmax over the tokens in place of the experts", "olmoe-1b-7b", _router(lambda r: r.score == "softmax" and r.order == "before_topk")),
-    Mutant("double-softmax", instead(routers, "score", _double_softmax), "score", "transformers#45120", "the score function is applied twice", "olmoe-1b-7b", BEFORE),
-    Mutant("scores-in-bfloat16", instead(routers, "score", lambda _, score: lambda logits: _rounded(score(logits))), "score", "Megatron-LM#2765", "scores are computed in bfloat16", "deepseek-v3"),
-    Mutant("selection-in-bfloat16", instead(routers, "select", _select_in_bfloat16), "select", "sglang-jax#698", "top-k of scores that were cast to bfloat16", "mixtral-8x7b"),
-    Mutant("top-k-constant", instead(routers, "select", _constant_top_k), "select", "MoLE#7", "K is 2 whatever the configuration says", "qwen3-30b-a3b", _router(lambda r: not r.correction_bias)),
-    Mutant("selects-the-worst", instead(routers, "select", _worst), "select", "made for this", "the lowest scores win", "mixtral-8x7b"),
-    Mutant("masked-groups-at-zero", instead(routers, "select", _masked_at_zero), "select", "vllm#13474", "experts of excluded groups stay in the running with 0", "deepseek-v3", GROUPED),
-    Mutant("group-score-max", instead(routers, "in_best_groups", _group_max), "select", "vllm#13474", "a group is worth its best expert in place of its best two", "deepseek-v3", GROUPED),
-    Mutant("groups-ignored", instead(routers, "in_best_groups", _groups_ignored), "select", "Megatron-LM#2801", "every group is allowed", "deepseek-v3", GROUPED),
-    Mutant("correction-bias-ignored", instead(routers, "select", _correction_ignored), "select", "mlx-lm#1354", "the correction bias is not added", "deepseek-v3", CORRECTED),
-    Mutant("ties-at-random", instead(routers, "select", _ties_at_random), "select", "vllm#54403", "equal logits are told apart differently on each run", "mixtral-8x7b", _router(lambda r: r.n_groups == 1 and not r.correction_bias)),
-    Mutant("ties-select-one", instead(routers, "select", _ties_select_one), "select", "vllm#55514", "of equal logits only the first can be selected", "mixtral-8x7b", _router(lambda r: r.n_groups == 1)),
-    Mutant("always-normalised", instead(routers, "weigh", _always_normalised), "weigh", "mlxcel#391", "weights are divided by their sum though the configuration says no", "olmoe-1b-7b", _router(lambda r: not r.normalise and r.order == "before_topk")),
-    Mutant("never-normalised", instead(routers, "weigh", _never_normalised), "weigh", "torchtitan#1448", "weights are not divided by their sum", "deepseek-v3", _router(lambda r: r.normalise and r.order == "before_topk")),
-    Mutant("softmax-before-topk", instead(routers, "weigh", _never_normalised), "weigh", "HabanaAI/vllm-fork#1852", "softmax over all experts and then top-k, not normalised", "gpt-oss-20b", AFTER),
-    Mutant("softmax-of-the-selected", instead(routers, "weigh", _softmax_of_selected), "weigh", "Megatron-LM#894", "softmax after top-k: at K = 1 the weight is always 1", "olmoe-1b-7b", _router(lambda r: not r.normalise and r.order == "before_topk")),
-    Mutant("correction-bias-in-weights", instead(routers, "weigh", _correction_in_weights), "weigh", "vllm#12002", "combine weights are taken from the biased scores", "deepseek-v3", CORRECTED),
-    Mutant("scaling-twice", instead(routers, "weigh", _scaled_twice), "weigh", "vllm#24119", "the scaling factor is applied twice", "deepseek-v3"),
-    Mutant("scaling-only-if-normalised", instead(routers, "weigh", _scaled_if_normalised), "weigh", "sglang-jax#1282", "weights that are not normalised are not scaled either", "olmoe-1b-7b"),
-    Mutant("top-1-normalised", instead(routers, "weigh", _top_1_normalised), "weigh", "minimind#858", "at K = 1 the weight is divided by itself", "olmoe-1b-7b", _router(lambda r: not r.normalise and r.order == "before_topk")),
-    Mutant("router-gradient-lost", instead(routers, "weigh", _detached), "gradient", "Megatron-LM 254c87400f", "combine weights are gathered without gradient", "mixtral-8x7b"),
-    Mutant("jitter-in-eval", instead(routers, "forward", _jitter), "state", "transformers#28077", "the router's input is jittered in eval mode", "mixtral-8x7b"),
-    Mutant("bias-updated-in-eval", instead(routers, "forward", _bias_updated), "state", "torchtitan#1226", "eval calls update the correction bias", "deepseek-v3", CORRECTED),
-    Mutant("drops-nothing", instead(routers, "drop", _drops_nothing), "drop", "transformers#48293", "no token is ever dropped", "mixtral-8x7b"),
-    Mutant("drops-the-first", instead(routers, "drop", _drops_the_first), "drop", "Megatron-LM 7968fd6532", "the latest tokens keep their place in place of the earliest", "mixtral-8x7b"),
-    Mutant("padding-takes-places", instead(routers, "drop", _padding_takes_places), "drop", "transformers#28505", "padding fills the experts' capacity", "mixtral-8x7b"),
-    Mutant("capacity-rounded-down", instead(routers, "drop", _rounded_down), "drop", "DeepSpeed#1827", "capacity is rounded down, to none for few tokens", "mixtral-8x7b"),
-    Mutant("dropped-slots-keep-their-weight", instead(routers, "drop", _dropped_keep_weight), "drop", "transformers#48689", "a dropped slot keeps its weight", "mixtral-8x7b"),
-    Mutant("drops-renormalise", instead(routers, "drop", _renormalised_after_drop), "drop", "DeepSpeed#7163", "what is left after drops is normalised again", "mixtral-8x7b"),
-    Mutant("gradient-stops-at-the-first-drop", instead(routers, "drop", _gradient_stops), "gradient", "tutel#127", "tokens after the first dropped one give the router no gradient", "olmoe-1b-7b"),
-)

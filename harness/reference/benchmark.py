@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from types import MappingProxyType
@@ -85,10 +86,11 @@ def layer(
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
     rounds: int = 7,
     seed: int = 0,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Callable[[str], object] = lambda _: None,
 ) -> list[Row]:
     """Time every candidate at every size, `rounds` times in turn after one warm-up.
 
+    progress: called after each turn of all candidates, with what they are measured at.
     Raises ArithmeticError if the reference layer's answers are wrong: its speed would mean nothing.
     Without transformers its candidates are absent.
     """
@@ -100,7 +102,6 @@ def layer(
             candidates: dict[str, Layer] = {REFERENCE: _reference(moe)} | _transformers(shape, moe)
             for count in tokens:
                 name = str(dtype).removeprefix("torch.")
-                progress(f"{name}, {count} tokens")
                 x = torch.randn(count, shape.d_model, generator=generator, dtype=torch.float64).to(dtype)
                 errors = _errors(candidates, shape, moe, x)
                 if errors[REFERENCE] > TOLERANCE[dtype]:
@@ -109,7 +110,9 @@ def layer(
                         f"at most {TOLERANCE[dtype]:.0e} is rounding"
                     )
                 floor = _floor(shape, count, dtype, generator)
-                times = _times(candidates | {FLOOR: floor}, x, rounds)
+                times = _times(
+                    candidates | {FLOOR: floor}, x, rounds, partial(progress, f"{name}, {count} tokens")
+                )
                 flops = 6 * count * shape.top_k * shape.d_model * shape.d_ff
                 rows += _rows(name, count, flops, times, errors)
     return rows
@@ -226,7 +229,9 @@ def _errors(candidates: Mapping[str, Layer], shape: Shape, moe: Moe, x: Tensor) 
     }
 
 
-def _times(candidates: Mapping[str, Layer], x: Tensor, rounds: int) -> dict[str, list[float]]:
+def _times(
+    candidates: Mapping[str, Layer], x: Tensor, rounds: int, progress: Callable[[], object]
+) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(rounds + 1):
         for name, run in candidates.items():
@@ -234,6 +239,7 @@ def _times(candidates: Mapping[str, Layer], x: Tensor, rounds: int) -> dict[str,
             run(x)
             if turn:  # the first one warms up
                 times[name].append(time.process_time() - start)
+        progress()
     return times
 
 

@@ -16,6 +16,7 @@ import tomlkit
 import tomlkit.exceptions
 from tomlkit import TOMLDocument
 
+from harness.results import files
 from harness.results.record import Key, Outcome, Record
 
 VERSION = 1
@@ -25,6 +26,8 @@ PREAMBLE = (
     "Known failures, written by `moe-harness check --write-baseline`.",
     "A reason may be edited, and an issue added; an entry that no longer fails must go.",
 )
+
+STALE = "passes now, but the baseline says that it fails"
 
 
 class BaselineError(ValueError):
@@ -48,6 +51,16 @@ def load(path: Path) -> Baseline:
     return _entries(path, _document(path))
 
 
+def ensure_writable(path: Path) -> None:
+    """Raise BaselineError unless `write` can bring a baseline there up to date."""
+    if path.exists():
+        load(path)
+    try:
+        files.ensure_writable(path)
+    except OSError as error:
+        raise BaselineError(f"{path}: cannot be written: {error.strerror}") from error
+
+
 def apply(record: Record, baseline: Baseline) -> Record:
     """The record as the baseline makes it read: failed or expected, passed or stale."""
     known = record.key in baseline
@@ -58,7 +71,7 @@ def apply(record: Record, baseline: Baseline) -> Record:
         outcome = "stale" if known else "passed"
     if outcome == record.outcome:
         return record
-    reason = "passes now, but the baseline says that it fails" if outcome == "stale" else record.reason
+    reason = STALE if outcome == "stale" else record.reason
     return record.model_copy(update={"outcome": outcome, "reason": "" if outcome == "passed" else reason})
 
 

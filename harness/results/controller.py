@@ -104,9 +104,11 @@ class Controller:
         if not self._records:
             return
         from harness.results import tables
+        from harness.results.render import render, room
 
         terminalreporter.section("conformance")
-        terminalreporter.write_line(tables.render(tables.matrix(self._records), "plain"))
+        width = room(is_terminal=bool(terminalreporter.isatty))
+        terminalreporter.write_line(render(tables.matrix(self._records), width=width))
         terminalreporter.write_line("")
         terminalreporter.write_line(tables.counts(self._records))
         if self._verdict is None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from harness.results import baseline as baselines
 from harness.results.baseline import Baseline
-from harness.results.record import Canary, Record
+from harness.results.record import Canary, Key, Outcome, Record
 from harness.results.runfile import Run
 
 OK = 0
@@ -22,27 +23,56 @@ CONFIG = 78
 
 
 @dataclass(frozen=True)
+class Detail:
+    """One property that decided a verdict, or that a baseline names and the run does not."""
+
+    outcome: Outcome | Literal["not run"]
+    key: Key
+    reason: str
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """The exit code, the sentence that says why, and one sentence for each property that decided it."""
+    """The exit code, the sentence that says why, and each property that decided it."""
 
     code: int
     headline: str
-    details: tuple[str, ...] = ()
+    details: tuple[Detail, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for json.dumps."""
+        return {
+            "exit_code": self.code,
+            "headline": self.headline,
+            "details": [
+                {
+                    "outcome": one.outcome,
+                    "property": one.key.slug,
+                    "implementation": one.key.implementation,
+                    "spec": one.key.spec,
+                    "reason": one.reason,
+                }
+                for one in self.details
+            ],
+        }
 
 
 def judge(records: Sequence[Record], canary: Canary | None) -> Verdict:
     """The verdict on records whose outcomes have a baseline applied already."""
-    failed = [f"{r.key} fails: {r.reason}" for r in records if r.outcome == "failed"]
-    stale = [f"{r.key} passes, but the baseline says that it fails" for r in records if r.outcome == "stale"]
-    void = [f"{r.key} could not be measured: {r.reason}" for r in records if r.outcome == "void"]
-    details = (*failed, *stale, *void)
+    details = tuple(
+        Detail(r.outcome, r.key, r.reason)
+        for outcome in ("failed", "stale", "void")
+        for r in records
+        if r.outcome == outcome
+    )
+    failed, stale, void = (sum(d.outcome == o for d in details) for o in ("failed", "stale", "void"))
     if canary is not None and not canary.caught:
         why = f"the canary was not caught ({canary.reason}), so no outcome of this run can be believed"
         return Verdict(VOID, why, details)
     if failed or stale:
-        return Verdict(FAILED, f"new failures: {len(failed)}, stale entries: {len(stale)}", details)
+        return Verdict(FAILED, f"new failures: {failed}, stale entries: {stale}", details)
     if void:
-        return Verdict(VOID, f"properties that could not be measured: {len(void)}", details)
+        return Verdict(VOID, f"properties that could not be measured: {void}", details)
     if not any(r.outcome in ("passed", "expected") for r in records):
         return Verdict(VOID, f"nothing was measured: {len(records)} properties, none of them supported")
     if canary is None:
@@ -55,5 +85,5 @@ def gate(run: Run, baseline: Baseline) -> Verdict:
     records = [baselines.apply(record, baseline) for record in run.records]
     verdict = judge(records, run.footer.canary)
     idle = sorted(baseline.keys() - {record.key for record in records})
-    notes = (f"{key} is in the baseline, but not in the run" for key in idle)
+    notes = (Detail("not run", key, "is in the baseline, but not in the run") for key in idle)
     return replace(verdict, details=(*verdict.details, *notes))

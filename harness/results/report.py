@@ -11,7 +11,7 @@ from pathlib import Path
 
 from harness.audit import audit
 from harness.results import tables
-from harness.results.record import OUTCOMES, count
+from harness.results.render import render
 from harness.results.runfile import Run
 from harness.spec import Spec, load, names
 from harness.theory.describe import Description, Table, describe
@@ -35,7 +35,7 @@ class Page:
     def text(self) -> str:
         """The file's content."""
         head = f"# {self.title}\n\nWritten by `{self.made_by}`; not to be edited.\n"
-        return "\n".join((head, *(tables.render(table, "markdown") for table in self.tables)))
+        return "\n".join((head, *(render(table, "markdown") for table in self.tables)))
 
 
 def write(folder: Path, page: Page) -> Path:
@@ -85,32 +85,7 @@ def figures() -> Page:
 
 def conformance(run: Run) -> Page:
     """How every property ended on everything that was put under test."""
-    subjects = sorted({(r.implementation, r.spec) for r in run.records})
-    rows = [
-        (*subject, *count([r for r in run.records if (r.implementation, r.spec) == subject]).values())
-        for subject in subjects
-    ]
-    canary = run.footer.canary
-    rest = sorted((r for r in run.records if r.outcome != "passed"), key=lambda r: r.key)
-    return Page(
-        "conformance.md",
-        "Conformance",
-        COMMAND,
-        (
-            Table("Outcomes", ("implementation", "spec", *OUTCOMES), tuple(rows)),
-            tables.matrix(run.records),
-            Table(
-                "What did not pass, and why",
-                ("property", "implementation", "spec", "outcome", "reason"),
-                tuple((r.slug, r.implementation, r.spec, r.outcome, _cell(r.reason)) for r in rest),
-            ),
-            Table(
-                "The canary, which must be caught",
-                ("caught", "reason"),
-                () if canary is None else ((canary.caught, _cell(canary.reason)),),
-            ),
-        ),
-    )
+    return Page("conformance.md", "Conformance", COMMAND, tables.summary(run))
 
 
 def _published(spec: Spec, found: Description) -> Iterator[tuple[object, ...]]:
@@ -141,8 +116,3 @@ def _counted(spec: Spec, found: Description) -> tuple[object, ...]:
         facts["bytes"]["weights"],
         facts["bytes"]["kv_cache_per_token"],
     )
-
-
-def _cell(text: str) -> str:
-    """Without what would end a cell of Markdown."""
-    return text.replace("|", "\\|")

@@ -1,45 +1,50 @@
-"""Tables of a run, and how any table is written."""
+"""Tables of records: what a run found, how it was judged, what changed since another."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from typing import Any, Literal
-
-from tabulate import tabulate
 
 from harness.results.compare import Comparison
-from harness.results.record import Record, count
+from harness.results.gate import Verdict
+from harness.results.record import OUTCOMES, Record, count
+from harness.results.runfile import Run
 from harness.theory.describe import Table
 
-Format = Literal["plain", "markdown"]
 NOT_RUN = ""
-_NUMBER = re.compile(r"-?[\d,]*\.?\d+(e[+-]?\d+)?")
 
 
-def render(table: Table, form: Format = "plain") -> str:
-    """The table as text: columns, or a section of Markdown."""
-    body = tabulate(
-        [[_cell(value) for value in row] for row in table.rows],
-        headers=table.headers,
-        tablefmt="github" if form == "markdown" else "simple",
-        disable_numparse=True,
-        colalign=["right" if _numeric(column) else "left" for column in zip(*table.rows, strict=True)],
+def summary(run: Run) -> tuple[Table, ...]:
+    """Everything that a run found: outcomes, property x implementation, what did not pass, the canary."""
+    canary = run.footer.canary
+    rest = sorted((r for r in run.records if r.outcome != "passed"), key=lambda r: r.key)
+    return (
+        outcomes(run.records),
+        matrix(run.records),
+        Table(
+            "What did not pass, and why",
+            ("property", "implementation", "spec", "outcome", "reason"),
+            tuple((r.slug, r.implementation, r.spec, r.outcome, r.reason) for r in rest),
+        ),
+        Table(
+            "The canary, which must be caught",
+            ("caught", "reason"),
+            () if canary is None else ((canary.caught, canary.reason),),
+        ),
     )
-    return f"### {table.title}\n\n{body}\n" if form == "markdown" else f"{table.title}\n{body}"
 
 
-def as_json(table: Table) -> dict[str, Any]:
-    """The table as an object: its title, and an object for each row."""
-    return {
-        "title": table.title,
-        "rows": [dict(zip(table.headers, row, strict=True)) for row in table.rows],
-    }
+def outcomes(records: Sequence[Record]) -> Table:
+    """How many properties ended in each outcome: one row per implementation and spec."""
+    rows = (
+        (*subject, *count([r for r in records if (r.implementation, r.spec) == subject]).values())
+        for subject in _subjects(records)
+    )
+    return Table("Outcomes", ("implementation", "spec", *OUTCOMES), tuple(rows))
 
 
 def matrix(records: Sequence[Record]) -> Table:
     """Property x implementation: one row per property, one column per implementation and spec."""
-    subjects = sorted({(r.implementation, r.spec) for r in records})
+    subjects = _subjects(records)
     slugs = sorted({r.slug for r in records})
     ended = {(r.slug, r.implementation, r.spec): r.outcome for r in records}
     return Table(
@@ -52,6 +57,18 @@ def matrix(records: Sequence[Record]) -> Table:
 def counts(records: Sequence[Record]) -> str:
     """One line: how many properties ended in each outcome that occurred."""
     return ", ".join(f"{n} {outcome}" for outcome, n in count(records).items() if n) or "nothing was run"
+
+
+def judged(verdict: Verdict) -> Table:
+    """What the gate says: one row for each property that decided it, or that the baseline names in vain."""
+    return Table(
+        title=f"{verdict.headline} (exit code {verdict.code})",
+        headers=("outcome", "property", "implementation", "spec", "reason"),
+        rows=tuple(
+            (one.outcome, one.key.slug, one.key.implementation, one.key.spec, one.reason)
+            for one in verdict.details
+        ),
+    )
 
 
 def compared(comparison: Comparison) -> Table:
@@ -72,13 +89,5 @@ def compared(comparison: Comparison) -> Table:
     )
 
 
-def _numeric(column: Sequence[object]) -> bool:
-    return all(_NUMBER.fullmatch(_cell(value)) for value in column)
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _subjects(records: Sequence[Record]) -> list[tuple[str, str]]:
+    return sorted({(r.implementation, r.spec) for r in records})

@@ -30,6 +30,8 @@ def names() -> tuple[str, ...]:
 def load(name_or_path: str | Path) -> Spec:
     """Load a shipped spec by name ("mixtral-8x7b") or any file by path. Raises SpecError."""
     path = Path(name_or_path)
+    if not str(name_or_path).strip():
+        raise SpecError(f'"{name_or_path}" names no spec; give a file, or one of {", ".join(names())}')
     if isinstance(name_or_path, str) and name_or_path in names():
         path = specs_dir() / f"{name_or_path}.toml"
     try:

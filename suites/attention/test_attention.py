@@ -35,7 +35,9 @@ def independent(architecture: Architecture | None) -> bool:
 
 def has_window(architecture: Architecture | None) -> bool:
     """Applies to sliding windows."""
-    return architecture is not None and architecture.attention.window is not None and independent(architecture)
+    return (
+        architecture is not None and architecture.attention.window is not None and independent(architecture)
+    )
 
 
 def has_full_layers(architecture: Architecture | None) -> bool:
@@ -75,9 +77,14 @@ def test_is_causal(case: Case) -> None:
         after = forward(model, changed)
         own = bound.pick((slice(None), slice(0, place)))
         what = f"logits before place {place}, where the tokens changed,"
-        agree(after[:, :place], before[:, :place], 2 * own.radius, what=what, where=own.comparable, stage="mask")
+        agree(
+            after[:, :place], before[:, :place], 2 * own.radius, what=what, where=own.comparable, stage="mask"
+        )
         moved = (after - before)[:, place].abs().amax(-1).double()
-        require(bool((moved > 2 * bound.radius[:, place]).any()), f"the token at place {place} does not matter there")
+        require(
+            bool((moved > 2 * bound.radius[:, place]).any()),
+            f"the token at place {place} does not matter there",
+        )
 
 
 def influence(case: Case, architecture: Architecture, length: int) -> tuple[Tensor, Tensor]:
@@ -202,7 +209,13 @@ def test_rope_is_relative(case: Case) -> None:
     at = torch.arange(tokens.shape[1]).expand_as(tokens)
     here = margin(case, model, tokens, positions=at)
     before = forward(model, tokens, positions=at)
-    agree(forward(model, tokens), before, 2 * here.radius, what="logits without positions", where=here.comparable)
+    agree(
+        forward(model, tokens),
+        before,
+        2 * here.radius,
+        what="logits without positions",
+        where=here.comparable,
+    )
     for by in (1, 17, 50):
         there = margin(case, model, tokens, positions=at + by)
         compared = here.comparable & there.comparable
@@ -215,7 +228,13 @@ def test_rope_is_relative(case: Case) -> None:
     "attention.rope-turns-as-specified",
     clause="architecture.attention.rope",
     needs=("forward", "weights"),
-    kills=("rope-layout-swapped", "rope-theta-default", "rope-scaling-ignored", "rope-mscale-ignored", "scale-default"),
+    kills=(
+        "rope-layout-swapped",
+        "rope-theta-default",
+        "rope-scaling-ignored",
+        "rope-mscale-ignored",
+        "scale-default",
+    ),
     applies=has_rope,
 )
 def test_rope_turns_as_specified(case: Case) -> None:

@@ -30,7 +30,10 @@ def in_pieces(model: Any, tokens: Tensor, sizes: Sequence[int], mask: Tensor | N
             upto = done + size
             seen = None if mask is None else mask[:, :upto]
             part, cache = model.extend(tokens[:, done:upto], cache, mask=seen)
-            require(part.shape[:2] == (len(tokens), size), f"extend gives logits {tuple(part.shape)} for {size} tokens")
+            require(
+                part.shape[:2] == (len(tokens), size),
+                f"extend gives logits {tuple(part.shape)} for {size} tokens",
+            )
             logits.append(part)
             done = upto
     return torch.cat(logits, dim=1)
@@ -40,7 +43,7 @@ def splits(length: int) -> list[tuple[int, ...]]:
     """Ways to cut a sequence: whole, all but the last, token by token, halves, and three uneven pieces."""
     some = [(length,), (length - 1, 1), (1,) * length, (length - length // 3, length // 3)]
     if length == 16:
-        # Whatever a call leaves in the cache is read by a later one: chunks are followed by chunks and by steps.
+        # Whatever a call leaves in the cache is read by a later one: chunks come before chunks and steps.
         some += [(10, 6), (7, 1, 8), (4, 6, 1, 5), (3, 5, 5, 3)]
     return some
 
@@ -122,4 +125,11 @@ def test_a_cache_may_be_used_twice(case: Case) -> None:
         _, shared = model.extend(start, None)
         model.extend(one, shared)
         after, _ = model.extend(two, shared)
-    agree(after, expected, 2 * bound.radius, what="logits of a second continuation", where=bound.comparable, stage="cache")
+    agree(
+        after,
+        expected,
+        2 * bound.radius,
+        what="logits of a second continuation",
+        where=bound.comparable,
+        stage="cache",
+    )

@@ -11,8 +11,9 @@ from functools import partial
 import torch
 
 from harness.conformance import Case, Void, conformance, require
-from harness.conformance.capture import variants
+from harness.conformance.capture import scaled, variants
 from harness.conformance.comparison import agree, finite, margin, note_share, ragged
+from harness.conformance.gradients import check_gradients
 from harness.evidence.flops import FlopCounter
 from harness.implementations.protocols import Unsupported
 from harness.spec.architecture import Architecture
@@ -34,8 +35,10 @@ def dropless(architecture: Architecture | None) -> bool:
 def caches_what_it_multiplies(architecture: Architecture | None) -> bool:
     """Applies where a decode step has one cost: a latent cache may be expanded or absorbed, and a window
     layer may keep more than it needs."""
-    return dropless(architecture) and architecture is not None and (
-        architecture.attention.mla is None and architecture.attention.window is None
+    return (
+        dropless(architecture)
+        and architecture is not None
+        and (architecture.attention.mla is None and architecture.attention.window is None)
     )
 
 
@@ -43,7 +46,13 @@ def caches_what_it_multiplies(architecture: Architecture | None) -> bool:
     "compute.logits-equal-reference",
     clause="architecture",
     needs=("forward", "weights"),
-    kills=("unweighted-sum", "gate-and-up-swapped", "experts-in-string-order", "kv-heads-tiled", "final-norm-dropped"),
+    kills=(
+        "unweighted-sum",
+        "gate-and-up-swapped",
+        "experts-in-string-order",
+        "kv-heads-tiled",
+        "final-norm-dropped",
+    ),
     applies=has_architecture,
 )
 def test_logits_equal_reference(case: Case) -> None:
@@ -64,6 +73,39 @@ def test_logits_equal_reference(case: Case) -> None:
 
 
 @conformance(
+    "compute.faint-input-equals-reference",
+    clause="architecture.norm.eps",
+    needs=("forward", "weights"),
+    kills=("norm-eps-default",),
+    applies=has_architecture,
+)
+def test_faint_input_equals_reference(case: Case) -> None:
+    """So are those of embeddings so small that the epsilon of the norms decides."""
+    # Mean squares of about 4e-6, between the usual epsilons of 1e-6 and 1e-5.
+    weights = scaled(scaled(case.weights(), "embedding.weight", 2.0**-8), "positions.weight", 2.0**-8)
+    tokens = case.tokens(3, 13)
+    model = case.model(weights=weights)
+    bound = margin(case, model, tokens, weights=weights)
+    assert bound.logits is not None
+    note_share(case, bound.comparable)
+    with torch.no_grad():
+        logits = model.forward(tokens)
+    agree(logits, bound.logits, bound.radius, what="logits", where=bound.comparable)
+
+
+@conformance(
+    "compute.dense-gradients-equal-reference",
+    clause="architecture",
+    needs=("forward", "weights", "gradients"),
+    kills=("tied-gradient-halved", "norm-gradient-lost"),
+    applies=lambda architecture: architecture is not None and architecture.moe is None,
+)
+def test_dense_gradients_equal_reference(case: Case) -> None:
+    """Without experts, the gradient of the language-model loss in every weight is that of the reference."""
+    check_gradients(case, case.shape, case.weights(), "dense")
+
+
+@conformance(
     "compute.variants-equal-reference",
     clause="architecture.moe",
     needs=("forward", "weights"),
@@ -74,7 +116,9 @@ def test_logits_equal_reference(case: Case) -> None:
         "scaling-only-if-normalised",
         "shared-gate-dropped",
     ),
-    applies=lambda architecture: dropless(architecture) and architecture is not None and architecture.moe is not None,
+    applies=lambda architecture: (
+        dropless(architecture) and architecture is not None and architecture.moe is not None
+    ),
 )
 def test_variants_equal_reference(case: Case) -> None:
     """So are those of its neighbours: other K, square experts, a gated shared expert, scaled weights."""
@@ -87,7 +131,12 @@ def test_variants_equal_reference(case: Case) -> None:
             passed_over.append(variant.label)
             continue
         bound = margin(
-            case, model, batch.tokens, mask=batch.mask, architecture=variant.architecture, weights=variant.weights
+            case,
+            model,
+            batch.tokens,
+            mask=batch.mask,
+            architecture=variant.architecture,
+            weights=variant.weights,
         )
         assert bound.logits is not None
         compared = bound.comparable & batch.mask
@@ -128,7 +177,9 @@ def test_forward_flops_equal_theory(case: Case) -> None:
         expected = flops.forward_total(architecture, batch, length)
         label = "dense" if top_k is None else f"top {top_k}"
         case.note(f"flops_{label.replace(' ', '_')}", counted)
-        require(counted == expected, f"{label}: {counted} FLOP in place of {expected} ({counted - expected:+d})")
+        require(
+            counted == expected, f"{label}: {counted} FLOP in place of {expected} ({counted - expected:+d})"
+        )
 
 
 @conformance(

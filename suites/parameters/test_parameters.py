@@ -1,8 +1,9 @@
-"""What an implementation learns: how much of it there is, and that loaded weights are all there and all used."""
+"""What an implementation learns: how much there is, and that loaded weights are all there and all used."""
 
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def test_full_size_equals_theory(case: Case) -> None:
     """At full size, on the meta device, there are as many parameters as theory says, to the parameter."""
     full = case.full
     assert full is not None
-    model = case.implementation.build(full, device="meta", dtype=torch.bfloat16, seed=case.seed)
+    model: Any = case.implementation.build(full, device="meta", dtype=torch.bfloat16, seed=case.seed)
     tensors = model.parameters()
     count = sum(tensor.numel() for tensor in tensors.values())
     expected = parameters.total(full) + sum(parameters.buffers(full).values())
@@ -47,7 +48,9 @@ def _difference(tensors: dict[str, Tensor], canonical: dict[str, tuple[int, ...]
     """The first parameters that are missing, unknown or misshapen, where the names are the canonical ones."""
     missing = [name for name in canonical if name not in tensors]
     unknown = [name for name in tensors if name not in canonical]
-    misshapen = [name for name, x in tensors.items() if name in canonical and tuple(x.shape) != canonical[name]]
+    misshapen = [
+        name for name, x in tensors.items() if name in canonical and tuple(x.shape) != canonical[name]
+    ]
     parts = (("missing", missing), ("unknown", unknown), ("misshapen", misshapen))
     return "; ".join(f"{what} {', '.join(names[:2])}" for what, names in parts if names)
 
@@ -60,7 +63,7 @@ def _difference(tensors: dict[str, Tensor], canonical: dict[str, tuple[int, ...]
     applies=has_architecture,
 )
 def test_twin_has_the_specified_shapes(case: Case) -> None:
-    """Where parameters bear the canonical names, each has its shape; elsewhere their number is that of theory."""
+    """Under canonical names each parameter has its shape; under others their number is that of theory."""
     architecture = case.shape
     tensors, canonical = case.model().parameters(), shapes(architecture)
     if set(tensors) & set(canonical):
@@ -82,7 +85,7 @@ def test_loading_is_strict(case: Case) -> None:
     """A missing, an unknown and a misshapen tensor are each refused with KeyError or ValueError."""
     weights = case.weights()
     model = case.model(weights=weights)
-    for name in sorted(weights, key=len)[-3:] + ["embedding.weight"]:
+    for name in (*sorted(weights, key=len)[-3:], "embedding.weight"):
         left_out = {key: value for key, value in weights.items() if key != name}
         _refuses(model, left_out, f"weights without {name}")
         value = weights[name]
@@ -114,9 +117,15 @@ def test_loading_keeps_every_value(case: Case) -> None:
     tensors = case.model(weights=weights).parameters()
     loaded = _sorted_values(weights.values())
     held = _sorted_values(tensors.values())
-    require(len(held) == len(loaded), f"{len(held)} values other than 0 are held in place of {len(loaded)}", stage="param")
+    require(
+        len(held) == len(loaded),
+        f"{len(held)} values other than 0 are held in place of {len(loaded)}",
+        stage="param",
+    )
     different = int((held != loaded).sum())
-    require(different == 0, f"{different} of {len(loaded)} values are not those that were loaded", stage="param")
+    require(
+        different == 0, f"{different} of {len(loaded)} values are not those that were loaded", stage="param"
+    )
 
 
 def _sorted_values(tensors: object) -> Tensor:
@@ -129,7 +138,13 @@ def _sorted_values(tensors: object) -> Tensor:
     "parameters.every-weight-is-used",
     clause="architecture",
     needs=("weights", "forward"),
-    kills=("router-bias-dropped", "router-bias-unused", "shared-expert-dropped", "sinks-dropped", "qk-norm-dropped"),
+    kills=(
+        "router-bias-dropped",
+        "router-bias-unused",
+        "shared-expert-dropped",
+        "sinks-dropped",
+        "qk-norm-dropped",
+    ),
     applies=has_architecture,
 )
 def test_every_weight_is_used(case: Case) -> None:

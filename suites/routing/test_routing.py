@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from harness.conformance import Case, Violation, conformance, require, stages
-from harness.conformance.capture import FLOAT32, Captured, Variant, captured, is_moe, moe_of, traces
+from harness.conformance.capture import (
+    FLOAT32,
+    Captured,
+    Variant,
+    captured,
+    has_experts,
+    may_have_experts,
+    moe_of,
+    traces,
+)
 from harness.conformance.comparison import ragged, same_experts
 from harness.implementations.protocols import Routing
 from harness.spec.architecture import Architecture
@@ -22,9 +31,13 @@ def check_distinct(trace: Routing, real: Tensor, n_experts: int | None, *, dropl
     for token, row in enumerate(chosen.tolist()):
         kept = [expert for expert in row if expert >= 0]
         if len(set(kept)) != len(kept):
-            raise Violation(f"layer {trace.layer}: token {token} goes to experts {row}, not all different", stage="select")
+            raise Violation(
+                f"layer {trace.layer}: token {token} goes to experts {row}, not all different", stage="select"
+            )
         if min(row) < lowest or (n_experts is not None and max(row) >= n_experts):
-            raise Violation(f"layer {trace.layer}: token {token} goes to experts {row} of {n_experts}", stage="select")
+            raise Violation(
+                f"layer {trace.layer}: token {token} goes to experts {row} of {n_experts}", stage="select"
+            )
 
 
 @conformance(
@@ -32,7 +45,7 @@ def check_distinct(trace: Routing, real: Tensor, n_experts: int | None, *, dropl
     clause="architecture.moe.top_k",
     needs=("routing",),
     kills=("canary", "duplicate-experts"),
-    applies=is_moe,
+    applies=may_have_experts,
 )
 def test_selects_k_distinct(case: Case) -> None:
     """Every token goes to K different experts, all of which exist."""
@@ -50,7 +63,7 @@ def test_selects_k_distinct(case: Case) -> None:
     clause="architecture.moe.top_k",
     needs=("routing", "weights"),
     kills=("top-k-constant",),
-    applies=is_moe,
+    applies=has_experts,
 )
 def test_honours_top_k(case: Case) -> None:
     """K and E are those of the architecture for K = 1, 2, 3 and another number of experts."""
@@ -86,7 +99,8 @@ def near_tie_architectures(case: Case) -> list[Architecture]:
 
 def float32_router(architecture: Architecture | None) -> bool:
     """Applies where the spec says that the router computes in float32."""
-    return architecture is not None and is_moe(architecture) and moe_of(architecture).router.dtype == "float32"
+    moe = None if architecture is None else architecture.moe
+    return moe is not None and moe.router.dtype == "float32"
 
 
 @conformance(
@@ -127,7 +141,7 @@ def _key_bound(layer: Captured, logits: stages.Judged, scores: stages.Judged) ->
     clause="architecture.moe.top_k",
     needs=("routing", "weights"),
     kills=("ties-at-random", "ties-select-one"),
-    applies=is_moe,
+    applies=has_experts,
 )
 def test_ties_are_broken_once(case: Case) -> None:
     """With duplicated router rows a token still has K different experts, all among the best, on every run."""
@@ -142,7 +156,9 @@ def test_ties_are_broken_once(case: Case) -> None:
                 _check_best(layer)
         for _ in range(2):
             for before, again in zip(first, captured(model, variant, batch), strict=True):
-                same_experts(again.trace.indices, before.trace.indices, what="the same call again", where=layer.real)
+                same_experts(
+                    again.trace.indices, before.trace.indices, what="the same call again", where=layer.real
+                )
 
 
 def _check_best(layer: Captured) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from harness.conformance import Case, Violation, conformance, require, stages
-from harness.conformance.capture import FLOAT32, Captured, Variant, captured, is_moe
+from harness.conformance.capture import FLOAT32, Captured, Variant, captured, has_experts
 from harness.conformance.comparison import Ragged, agree, ragged
 from harness.conformance.gradients import check_gradients
 from harness.spec.architecture import Architecture
@@ -42,7 +42,7 @@ def places(layer: Captured, factor: Fraction) -> int:
 
 
 def kept_slots(layer: Captured, factor: Fraction) -> tuple[Tensor, Tensor, Tensor]:
-    """Experts [T, K] of the real tokens before any drop, which of the slots must be kept, and which are clear.
+    """Experts [T, K] of the real tokens before any drop, which slots must be kept, and which are clear.
 
     By position the first C tokens of an expert keep their place, by probability those with the highest
     weights. A token whose selection or rank rounding may change is not clear, nor is anything at its experts.
@@ -57,7 +57,11 @@ def kept_slots(layer: Captured, factor: Fraction) -> tuple[Tensor, Tensor, Tenso
     kept, clear = torch.zeros_like(chosen, dtype=torch.bool), torch.ones_like(chosen, dtype=torch.bool)
     for expert in range(layer.moe.n_experts):
         token, slot = (chosen == expert).nonzero(as_tuple=True)
-        rank = token.argsort() if policy == "position" else value[token, slot].argsort(descending=True, stable=True)
+        rank = (
+            token.argsort()
+            if policy == "position"
+            else value[token, slot].argsort(descending=True, stable=True)
+        )
         kept[token[rank[:limit]], slot[rank[:limit]]] = True
         if policy == "probability" and 0 < limit < len(token):
             last, next_ = (value[token[rank[i]], slot[rank[i]]] for i in (limit - 1, limit))
@@ -73,7 +77,7 @@ def kept_slots(layer: Captured, factor: Fraction) -> tuple[Tensor, Tensor, Tenso
     clause="architecture.moe.router.capacity_factor",
     needs=("routing", "weights"),
     kills=("drops-nothing", "drops-the-first", "padding-takes-places", "capacity-rounded-down"),
-    applies=is_moe,
+    applies=has_experts,
 )
 def test_capacity_keeps_the_right_tokens(case: Case) -> None:
     """An expert with more than C tokens keeps C, the earliest or the likeliest; others keep all."""
@@ -92,7 +96,11 @@ def test_capacity_keeps_the_right_tokens(case: Case) -> None:
         counts = torch.bincount(have[have >= 0], minlength=layer.moe.n_experts)
         limit = places(layer, factor)
         most = int(counts.max())
-        require(most <= limit, f"{layer.where}: an expert keeps {most} tokens, and has {limit} places", stage="drop")
+        require(
+            most <= limit,
+            f"{layer.where}: an expert keeps {most} tokens, and has {limit} places",
+            stage="drop",
+        )
         dropped += int((have < 0).sum())
     case.note("dropped_slots", dropped)
 
@@ -102,7 +110,7 @@ def test_capacity_keeps_the_right_tokens(case: Case) -> None:
     clause="architecture.moe.router.capacity_factor",
     needs=("routing", "weights"),
     kills=("dropped-slots-keep-their-weight", "drops-renormalise"),
-    applies=is_moe,
+    applies=has_experts,
 )
 def test_dropped_slots_count_for_nothing(case: Case) -> None:
     """A dropped slot has weight 0 and adds nothing to the output, and the other slots keep their weight."""
@@ -147,7 +155,7 @@ def _check_kept_weights(layer: Captured) -> None:
     clause="architecture.moe.router.capacity_factor",
     needs=("gradients", "weights", "forward"),
     kills=("gradient-stops-at-the-first-drop",),
-    applies=is_moe,
+    applies=has_experts,
 )
 def test_gradients_survive_drops(case: Case) -> None:
     """With dropped tokens every gradient is still that of the reference."""

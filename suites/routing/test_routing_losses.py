@@ -5,6 +5,7 @@ Letters: B sequences, S tokens per sequence, T real tokens, N MoE layers, E expe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor
 
 from harness.conformance import Case, Void, balance, conformance, require
-from harness.conformance.capture import is_moe, moe_of, scaled, traces
+from harness.conformance.capture import moe_of, scaled, traces
 from harness.conformance.comparison import Ragged, agree, longest_product, margin, ragged
-from harness.evidence.margins import Rounding, Spread, monte_carlo
+from harness.evidence.margins import Rounding, Spread, monte_carlo, unit_roundoff
 from harness.implementations.protocols import Unsupported
 from harness.reference import ReferenceModel
 from harness.spec.architecture import Architecture
@@ -26,12 +27,20 @@ NEEDS = ("auxiliary_loss", "weights")
 
 def has_balance(architecture: Architecture | None) -> bool:
     """Applies where the spec names a balance loss."""
-    return architecture is not None and architecture.auxiliary_loss.balance != "none" and is_moe(architecture)
+    return (
+        architecture is not None
+        and architecture.moe is not None
+        and architecture.auxiliary_loss.balance != "none"
+    )
 
 
 def has_z(architecture: Architecture | None) -> bool:
     """Applies where the spec gives the z-loss a coefficient."""
-    return architecture is not None and architecture.auxiliary_loss.z_coefficient > 0 and is_moe(architecture)
+    return (
+        architecture is not None
+        and architecture.moe is not None
+        and architecture.auxiliary_loss.z_coefficient > 0
+    )
 
 
 def loss_of(model: Any, kind: str, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -48,7 +57,9 @@ def settled(case: Case, model: Any, weights: Mapping[str, Tensor]) -> Ragged:
     """A ragged batch of which rounding can change no token's experts; Void if ten draws give none."""
     for _ in range(10):
         batch = ragged(case)
-        if bool(margin(case, model, batch.tokens, mask=batch.mask, weights=weights).comparable[batch.mask].all()):
+        if bool(
+            margin(case, model, batch.tokens, mask=batch.mask, weights=weights).comparable[batch.mask].all()
+        ):
             return batch
     raise Void("ten batches in a row have a token whose experts rounding may change")
 
@@ -89,7 +100,9 @@ def check_value(case: Case, kind: str) -> None:
         mask = part.mask if label == "padded" else None
         with torch.no_grad():
             value = loss_of(model, kind, part.tokens, mask)
-        used = agree(value, spread.centre, float(spread.radius(inner=inner)), what=f"{kind} loss, {label} batch")
+        used = agree(
+            value, spread.centre, float(spread.radius(inner=inner)), what=f"{kind} loss, {label} batch"
+        )
         case.note(f"{label}_share_of_tolerance", round(used, 4))
     moe = moe_of(architecture)
     found = traces(model, batch.tokens, mask=batch.mask, architecture=architecture)
@@ -138,7 +151,7 @@ def test_z_loss_follows_its_formula(case: Case) -> None:
     applies=has_balance,
 )
 def test_balance_loss_is_bounded(case: Case) -> None:
-    """The balance loss is positive, at most its value at collapse, and exactly known when scores are equal."""
+    """The balance loss is positive, at most its value at collapse, and known when all scores are equal."""
     architecture, weights = case.shape, case.weights()
     moe, convention = moe_of(architecture), architecture.auxiliary_loss.balance
     assert convention != "none"
@@ -157,9 +170,17 @@ def test_balance_loss_is_bounded(case: Case) -> None:
         if factor == 0.0:
             # Sums of at most T K terms in float32: 1e-4 is above their rounding for T K < 1000.
             expected = torch.tensor(uniform * score_sum)
-            agree(torch.tensor(value), expected, 1e-4 * uniform * score_sum, what="balance loss of a silent router")
+            agree(
+                torch.tensor(value),
+                expected,
+                1e-4 * uniform * score_sum,
+                what="balance loss of a silent router",
+            )
         elif moe.router.score == "softmax" or convention == "sequence":
-            require(0 < value <= most * (1 + 1e-4), f"the balance loss of a {label} router is {value:.6g}, not in (0, {most:.6g}]")
+            require(
+                0 < value <= most * (1 + 1e-4),
+                f"the balance loss of a {label} router is {value:.6g}, not in (0, {most:.6g}]",
+            )
 
 
 @conformance(
@@ -170,7 +191,7 @@ def test_balance_loss_is_bounded(case: Case) -> None:
     applies=lambda a: a is None or has_balance(a),
 )
 def test_balance_loss_ignores_batch_size(case: Case) -> None:
-    """The balance loss of a batch is that of the batch twice over, and that of the same with padding added."""
+    """The balance loss of a batch is that of the batch twice over, and of the batch with more padding."""
     model = case.model()
     tokens, extra = case.tokens(3, 11), case.tokens(3, 4)
     mask = torch.ones_like(tokens, dtype=torch.bool)
@@ -183,8 +204,8 @@ def test_balance_loss_ignores_batch_size(case: Case) -> None:
             torch.cat([extra[:, :3], tokens, extra[:, 3:]], dim=1),
             torch.nn.functional.pad(mask, (3, 1)),
         )
-    # One assignment in T K moves the loss by 1/(T K) of itself or more: half of that is still no defect's size.
-    tolerance = 0.5 * float(once) / (tokens.numel() * 3) * 0.5
+    # Half of the digits, as wherever the weights may be unknown: a defect moves the first ones.
+    tolerance = math.sqrt(unit_roundoff(FLOAT32)) * float(once)
     agree(twice, once, tolerance, what="balance loss of the batch twice over")
     agree(padded, once, tolerance, what="balance loss with padding added")
 

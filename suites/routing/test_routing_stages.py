@@ -7,7 +7,7 @@ Letters: T tokens, D d_model, E experts, K top-k.
 from __future__ import annotations
 
 from harness.conformance import Case, conformance, stages
-from harness.conformance.capture import FLOAT32, capture, is_moe
+from harness.conformance.capture import FLOAT32, capture, has_experts
 from harness.conformance.comparison import agree, same_experts
 from harness.conformance.property import Void
 
@@ -17,7 +17,7 @@ from harness.conformance.property import Void
     clause="architecture.moe.router.bias",
     needs=("routing", "weights"),
     kills=("router-bias-unused", "router-in-bfloat16", "router-reports-probabilities", "z-on-noised-logits"),
-    applies=is_moe,
+    applies=has_experts,
 )
 def test_projects_the_input(case: Case) -> None:
     """Router logits are W x + b of the layer's input (stage proj)."""
@@ -32,7 +32,7 @@ def test_projects_the_input(case: Case) -> None:
     clause="architecture.moe.router.score",
     needs=("routing", "weights"),
     kills=("scores-in-bfloat16", "softmax-over-tokens", "double-softmax"),
-    applies=is_moe,
+    applies=has_experts,
 )
 def test_scores_the_logits(case: Case) -> None:
     """Scores are the softmax over all experts, or the sigmoid of each logit (stage score)."""
@@ -55,7 +55,7 @@ def test_scores_the_logits(case: Case) -> None:
         "correction-bias-ignored",
         "selects-the-worst",
     ),
-    applies=is_moe,
+    applies=has_experts,
 )
 def test_selects_the_best(case: Case) -> None:
     """The experts of a token are the K best, biased and group-limited as the spec says (stage select)."""
@@ -92,7 +92,7 @@ FLOAT32_EPS = 2.0**-23
         "softmax-of-the-selected",
         "top-1-normalised",
     ),
-    applies=is_moe,
+    applies=has_experts,
 )
 def test_weighs_the_selected(case: Case) -> None:
     """Combine weights follow from the unbiased scores of the selected experts (stage weigh)."""
@@ -120,7 +120,7 @@ def test_weighs_the_selected(case: Case) -> None:
         "rows-right-for-one-sequence",
         "expert-bias-dropped",
     ),
-    applies=is_moe,
+    applies=has_experts,
 )
 def test_combines_the_experts(case: Case) -> None:
     """The layer's output is the weighted sum of its experts, plus the shared ones (stage combine)."""

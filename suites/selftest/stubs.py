@@ -64,8 +64,9 @@ def write(folder: Path, *, stubs: str = STUBS, canary: str = '(True, "caught")')
 
 
 def environment() -> dict[str, str]:
-    """In which a process finds the harness of this checkout."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    """In which a process finds the harness of this checkout, and writes its lines whole."""
+    inherited = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    return {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def pytest_in(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -18,6 +18,12 @@ from suites.selftest.test_results import record, written
 MIXTRAL = str(ROOT / "specs" / "mixtral-8x7b.toml")
 
 
+@pytest.fixture(autouse=True)
+def _read_by_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines are whole, as in a pipe; a worker of pytest-xdist sets COLUMNS."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 def run(*arguments: str) -> int:
     """The exit code of a command in this process."""
     with pytest.raises(SystemExit) as ending:
@@ -173,7 +179,7 @@ def test_runs_are_gated_and_compared(tmp_path: Path, capsys: pytest.CaptureFixtu
     found = written(after, record("a.b", "failed"), record("a.c"))
     assert run("gate", str(before)) == 0
     assert run("gate", str(after)) == 1
-    assert "a.b of reference on dbrx fails: because" in capsys.readouterr().out
+    assert "failed   a.b         reference         dbrx    because" in capsys.readouterr().out
     baseline = tmp_path / "known.toml"
     baselines.write(baseline, found.records)
     assert run("gate", str(after), "--baseline", str(baseline)) == 0

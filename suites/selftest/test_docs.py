@@ -16,6 +16,9 @@ FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MADE_BY_MAKE = ("make report", "make test", "git clone", "pip install")
 """Run on a fresh clone, or by this very run: not again inside of it."""
 
+LIMIT_S = 300
+"""No command that a document shows takes longer, on two busy cores."""
+
 pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="not in a checkout")
 
 
@@ -69,7 +72,14 @@ def test_what_a_document_shows_works(document: str, section: Section, tmp_path: 
     env = {**os.environ, "PATH": path, "PYTHONPATH": str(tmp_path)}
     for command, code in section.commands:
         done = subprocess.run(
-            command, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+            command,
+            shell=True,
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=LIMIT_S,
         )
         assert done.returncode == code, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
@@ -83,3 +93,17 @@ def test_no_document_shows_a_make_target_that_does_not_exist() -> None:
         for target in re.findall(r"^\$ make (\w+)", document.read_text(), re.MULTILINE)
     }
     assert shown <= targets
+
+
+def cells(line: str) -> tuple[str, ...]:
+    """The cells of one row of a Markdown table."""
+    return tuple(cell.strip() for cell in line.strip().strip("|").split("|"))
+
+
+def test_the_readmes_table_is_real_output() -> None:
+    """Every row of the README's table is a row of the committed audit."""
+    audit = {cells(line) for line in (ROOT / "results/audit-gpt4-leak.md").read_text().splitlines()}
+    rows = [cells(line) for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ")]
+    shown = [row for row in rows if not set("".join(row)) <= set("-:")]
+    assert len(shown) > 5
+    assert set(shown) <= audit

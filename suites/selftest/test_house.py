@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -61,14 +62,22 @@ def test_modules_stay_small() -> None:
     assert not [p.name for p in paths if len(p.read_text().splitlines()) > 400]
 
 
+def defined(tree: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef | ast.ClassDef]:
+    """Functions and classes of a module and of its classes; what a function holds is its own affair."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node
+        if isinstance(node, ast.ClassDef):
+            yield from defined(node)
+
+
 def test_public_functions_and_classes_are_described() -> None:
     """Every public function, method and class of the package has a docstring."""
     bare = [
         f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
         for path in modules()
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef | ast.ClassDef)
-        and not node.name.startswith("_")
+        for node in defined(ast.parse(path.read_text()))
+        if not node.name.startswith("_")
         and ast.get_docstring(node) is None
         and len(node.body) > 3
     ]

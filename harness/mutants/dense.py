@@ -1,0 +1,36 @@
+"""Defects that need no experts: norms, and the table that is both embedding and unembedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.nn import functional
+
+from harness.mutants.defect import Method, anywhere, mutant, norms, patched, whole
+from harness.reference import ReferenceModel
+
+
+@patched(stage="norm", spec="mixtral-8x7b", applies=anywhere)
+def norm_eps_default(model: ReferenceModel) -> None:
+    """The epsilon of the norms is a default in place of the one given."""
+    for norm in norms(model):
+        norm.eps = 1e-6 if norm.eps != 1e-6 else 1e-5
+
+
+@mutant(norms, "forward", stage="gradient", spec="llama-3.1-8b", applies=anywhere)
+def norm_gradient_lost(_: Any, forward: Method) -> Method:
+    """Norms pass no gradient to what is before them."""
+    return lambda x: forward(x.detach())
+
+
+@mutant(
+    whole,
+    "unembed",
+    stage="gradient",
+    origin="torchtitan#3764",
+    spec="gpt3-175b",
+    applies=lambda architecture: architecture.tie_embeddings,
+)
+def tied_gradient_halved(model: Any, _: Method) -> Method:
+    """A tied table gets only the gradient of its use as an embedding."""
+    return lambda x: functional.linear(model.final_norm(x), model.embedding.weight.detach())
