@@ -34,7 +34,7 @@ def require(holds: bool, message: str, *, stage: str = "", **facts: Any) -> None
         raise Violation(message, stage=stage, facts=facts)
 
 
-def always(architecture: Architecture | None) -> bool:
+def always(_: Architecture | None) -> bool:
     """Applies to every architecture, and to an implementation's own shape."""
     return True
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
 from harness import spec as specs
 from harness.spec.architecture import Architecture
@@ -13,7 +13,7 @@ from harness.spec.architecture import Architecture
 if TYPE_CHECKING:
     from harness.conformance.case import Case
     from harness.conformance.property import Property
-    from harness.implementations.protocols import Implementation
+    from harness.implementations.protocols import Implementation, Model
 
 DEFAULT_IMPLEMENTATION = "reference"
 DEFAULT_SPECS = ("mixtral-8x7b", "deepseek-v3", "gpt-oss-20b")
@@ -108,7 +108,7 @@ def need(
         twin = None if subject.architecture is None else specs.twin(subject.architecture)
         try:
             model = subject.implementation.build(twin, device="cpu", dtype=torch.float32, seed=seed)
-            declared[subject.id] = frozenset(model.capabilities)
+            declared[subject.id] = _capabilities(model)
         except (Exception, pytest.fail.Exception) as error:  # noqa: BLE001  # it becomes the outcome
             declared[subject.id] = error
     capabilities = declared[subject.id]
@@ -117,3 +117,15 @@ def need(
     missing = [name for name in prop.needs if name not in capabilities]
     if missing:
         raise Unsupported(f"the model declares no capability {', '.join(map(repr, missing))}")
+
+
+def _capabilities(model: Model) -> frozenset[str]:
+    """What a model declares. Raises TypeError where that is no set of capabilities: a word of it that is
+    misspelt would read as something that the model lacks."""
+    from harness.implementations.protocols import Capability
+
+    declared: Any = model.capabilities
+    known = get_args(Capability)
+    if isinstance(declared, str) or not isinstance(declared, Iterable) or set(declared) - set(known):
+        raise TypeError(f"capabilities is {declared!r}; it is a set of {', '.join(known)}")
+    return frozenset(declared)

@@ -121,7 +121,7 @@ def _factory(module_name: str, attribute: str) -> Implementation:
             hint = did_you_mean(address, names())
             raise AdapterError(f"{address}: there is no module {missing!r} to import{hint}") from error
         raise AdapterError(f"{address}: importing {module_name} needs {missing!r}, absent here") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise AdapterError(f"{address}: importing {module_name} failed with {describe(error)}") from error
     found = getattr(module, attribute, None)
     if found is None:
@@ -131,10 +131,11 @@ def _factory(module_name: str, attribute: str) -> Implementation:
     if not callable(found):
         raise AdapterError(f"{address}: {attribute} is a {type(found).__name__}, not a factory to call")
     try:
-        made = found()
-    except Exception as error:
+        return _checked(found(), address, f"{attribute}()")
+    except AdapterError:
+        raise
+    except (Exception, SystemExit) as error:
         raise AdapterError(f"{address}: {attribute}() failed with {describe(error)}") from error
-    return _checked(made, address, f"{attribute}()")
 
 
 def _checked(made: object, address: str, what: str) -> Implementation:

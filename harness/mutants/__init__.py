@@ -1,7 +1,7 @@
 """The reference with one known defect each: what the properties must catch.
 
-Each defect shipped in a real engine (`Mutant.origin`); it is reduced to a small patch of one stage of the
-reference.
+Most of these defects shipped in a real engine (`Mutant.origin`); each is reduced to a small patch of one
+stage of the reference.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Defects of the router: projection, score, selection, combine weights, capacity.
+"""Defects of the router: projection, score, selection, combine weights.
 
 Letters: T tokens, E experts, K top-k.
 """

@@ -16,6 +16,10 @@ from harness.theory.describe import Table
 Format = Literal["plain", "markdown"]
 GAP = 2
 """Characters between two columns of plain text."""
+PADDING = 2
+"""By which tabulate makes a column wider than its header."""
+NOTHING = "(none)"
+"""The body of a table without rows."""
 _NUMBER = re.compile(r"-?[\d,]*\.?\d+(e[+-]?\d+)?")
 _BREAKS = (re.compile(r"\s+"), re.compile(r"\s+|(?<=-)"), re.compile(r""))
 """Where a cell may be broken: between words; after hyphens too; anywhere."""
@@ -36,8 +40,9 @@ def render(table: Table, form: Format = "plain", width: int | None = None) -> st
         style = "github"
     elif width is not None and rows:
         title = textwrap.fill(title, width)
-        headers, *rows = _wrapped([headers, *rows], width)
+        headers, rows = _wrapped(headers, rows, width)
     body = tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True, colalign=aligned)
+    body = body if rows or not headers else NOTHING
     return f"### {title}\n\n{body}\n" if form == "markdown" else f"{title}\n{body}"
 
 
@@ -49,32 +54,45 @@ def as_json(table: Table) -> dict[str, Any]:
     }
 
 
-def fit(rows: Sequence[Sequence[str]], width: int) -> tuple[list[int], re.Pattern[str]]:
+def _fit(
+    headers: Sequence[str], rows: Sequence[Sequence[str]], width: int
+) -> tuple[list[int], re.Pattern[str]]:
     """Widths of the columns of a text of `width` characters, and where cells have to be broken for that.
 
     The widest columns give way first, and words stay whole while they can. Where there is less room than
     a character for each column, the text is as narrow as it can be.
     """
-    columns = list(zip(*rows, strict=True))
-    natural = [max(map(len, column)) for column in columns]
+    columns = list(zip(headers, *rows, strict=True))
+    natural = _longest(columns, re.compile(r"$"))
     left = width - GAP * (len(columns) - 1)
     for breaks in _BREAKS:
-        least = [max(len(part) for cell in column for part in breaks.split(cell)) for column in columns]
+        least = _longest(columns, breaks)
         for most in range(max(natural), 0, -1):
             widths = [min(full, max(most, part)) for full, part in zip(natural, least, strict=True)]
             if sum(widths) <= left:
                 return widths, breaks
-    return [1] * len(columns), _BREAKS[-1]
+    return least, _BREAKS[-1]
 
 
-def _wrapped(rows: Sequence[Sequence[str]], width: int) -> list[list[str]]:
+def _longest(columns: Sequence[Sequence[str]], breaks: re.Pattern[str]) -> list[int]:
+    """Characters of the longest part of each column, whose first cell is its header."""
+    lengths = ([max(map(len, breaks.split(cell))) for cell in column] for column in columns)
+    return [max(PADDING + max(header, 1), *cells) for header, *cells in lengths]
+
+
+def _wrapped(
+    headers: Sequence[str], rows: Sequence[Sequence[str]], width: int
+) -> tuple[list[str], list[list[str]]]:
     """The same cells with line breaks in them. tabulate's own wrapping takes 1,000 for a broken number."""
-    widths, breaks = fit(rows, width)
-    hyphens = breaks is not _BREAKS[0]
-    return [
-        [textwrap.fill(cell, most, break_on_hyphens=hyphens) for cell, most in zip(row, widths, strict=True)]
-        for row in rows
-    ]
+    widths, breaks = _fit(headers, rows, width)
+
+    def wrapped(cells: Sequence[str], padding: int) -> list[str]:
+        return [
+            textwrap.fill(cell, most - padding, break_on_hyphens=breaks is not _BREAKS[0])
+            for cell, most in zip(cells, widths, strict=True)
+        ]
+
+    return wrapped(headers, PADDING), [wrapped(row, 0) for row in rows]
 
 
 def _side(column: Sequence[str]) -> str:

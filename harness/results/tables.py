@@ -61,9 +61,10 @@ def counts(records: Sequence[Record]) -> str:
 
 def judged(verdict: Verdict) -> Table:
     """What the gate says: one row for each property that decided it, or that the baseline names in vain."""
+    headers = ("outcome", "property", "implementation", "spec", "reason")
     return Table(
         title=f"{verdict.headline} (exit code {verdict.code})",
-        headers=("outcome", "property", "implementation", "spec", "reason"),
+        headers=headers if verdict.details else (),
         rows=tuple(
             (one.outcome, one.key.slug, one.key.implementation, one.key.spec, one.reason)
             for one in verdict.details

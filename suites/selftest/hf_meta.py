@@ -5,21 +5,38 @@ The count shares nothing with the importer: it reads the names and shapes of tra
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import json
 import re
+import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import astuple, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import pytest
 import torch
 
-from harness.spec.huggingface import survey
+from harness.cli.progress import progress
+from harness.results import report
+from harness.spec.huggingface import Row, survey
 from harness.theory import parameters
+from harness.theory.describe import Table
+from suites.selftest.stubs import ROOT
 
-transformers: Any = pytest.importorskip("transformers")
+transformers: Any = importlib.import_module("transformers") if find_spec("transformers") else None
+
+PAGE, COMMAND = "import.md", "python -m suites.selftest.hf_meta"
+VERSIONS = {"aiconfigurator-core": "0.12.0", "transformers": "5.23.0"}
+"""Where the files are from and who counts: the page is the same wherever these are."""
+OUTCOMES = {
+    "exact": "every component has as many parameters as transformers' own model, on the meta device",
+    "refused": "no spec can say what the file says, and the field is named",
+    "wrong": "a spec was made, and it counts something else",
+}
 
 CODE_OF = {"kimi_k2": "deepseek_v3"}
 """model_types that run with the code of another: Kimi K2's files name DeepseekV3ForCausalLM themselves."""
@@ -44,6 +61,19 @@ COMPONENTS = (
     ("ffn.weights", r"\.mlp\."),
 )
 """(component of harness.theory.parameters, what the names of its tensors contain); the first match counts."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One file: what the import counts and what transformers counts, or the field that it refuses."""
+
+    file: str
+    model_type: str
+    outcome: Literal["exact", "refused", "wrong"]
+    parameters: str = ""
+    transformers: str = ""
+    field: str = ""
+    reason: str = ""
 
 
 def published() -> Path | None:
@@ -94,24 +124,77 @@ def saved(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**json.loads(text), "model_type": config["model_type"]}
 
 
-def comparison(folder: Path) -> list[dict[str, str]]:
-    """One row a file for a table: what the import counts, what transformers counts, or the field refused."""
-    rows = []
+def installed() -> dict[str, str | None]:
+    """Versions of what is compared; None where one is not installed."""
+    found: dict[str, str | None] = dict.fromkeys(VERSIONS)
+    for name in VERSIONS:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def comparison(folder: Path, step: Callable[[str], object] = lambda _: None) -> list[Compared]:
+    """Every file of a folder, by name. step: called after each of them."""
+    found = []
     for row in survey(folder):
-        ours = theirs = ""
-        if row.architecture is not None:
-            config = json.loads((folder / row.file).read_text())
-            ours = f"{parameters.total(row.architecture):,}"
-            theirs = f"{by_component(model(config)).total():,}"
-        rows.append(
-            {
-                "file": row.file.removesuffix("_config.json"),
-                "model_type": row.model_type,
-                "outcome": row.outcome if ours == theirs else "WRONG",
-                "parameters": ours,
-                "transformers": theirs,
-                "field": row.field,
-                "reason": row.reason.partition(";")[0],
-            }
-        )
-    return rows
+        found.append(_compared(folder, row))
+        step(row.model_type)
+    return found
+
+
+def page(found: Sequence[Compared]) -> report.Page:
+    """The page of `results/` about a comparison."""
+    versions = ", ".join(f"{name} {version}" for name, version in installed().items())
+    outcomes, fields = Counter(one.outcome for one in found), Counter(one.field for one in found if one.field)
+    return report.Page(
+        PAGE,
+        "Import of published config.json files",
+        COMMAND,
+        (
+            Table(
+                f"{len(found)} files, {versions}",
+                ("outcome", "files", "that is"),
+                tuple((outcome, outcomes[outcome], meaning) for outcome, meaning in OUTCOMES.items()),
+            ),
+            Table(
+                "What was refused, by the field that is named",
+                ("field", "files"),
+                tuple(fields.most_common()),
+            ),
+            Table(
+                "File by file",
+                ("file", "model_type", "outcome", "parameters", "transformers", "field", "reason"),
+                tuple(astuple(one) for one in found),
+            ),
+        ),
+    )
+
+
+def main() -> None:
+    """Write `results/import.md`."""
+    folder = published()
+    if folder is None or transformers is None:
+        sys.exit("this needs transformers, and `pip install --no-deps aiconfigurator-core==0.12.0`")
+    total = sum(1 for _ in survey(folder))
+    with progress("import", total=total) as state:
+        found = comparison(folder, state.step)
+    print(report.write(ROOT / "results", page(found)))
+
+
+def _compared(folder: Path, row: Row) -> Compared:
+    file = row.file.removesuffix("_config.json")
+    if row.architecture is None:
+        return Compared(file, row.model_type, "refused", field=row.field, reason=row.reason.partition(";")[0])
+    theirs = by_component(model(json.loads((folder / row.file).read_text())))
+    ours = Counter(parameters.by_component(row.architecture))
+    return Compared(
+        file,
+        row.model_type,
+        "exact" if +ours == theirs else "wrong",
+        f"{ours.total():,}",
+        f"{theirs.total():,}",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -21,7 +21,7 @@ class Odd:
 
     name: str
     logits: Callable[[Tensor], Any]
-    capabilities: frozenset[str] = frozenset(("forward",))
+    capabilities: Any = frozenset(("forward",))
     needs_architecture: bool = False
     vocab_size: int = VOCAB_SIZE
 
@@ -105,6 +105,26 @@ def lies() -> Odd:
     return Odd("lies", _zeros, capabilities=frozenset(("forward", "cache", "routing")))
 
 
+def misspells() -> Odd:
+    """Declares a capability that there is not."""
+    return Odd("misspells", _zeros, capabilities=frozenset(("foward",)))
+
+
+def declares_text() -> Odd:
+    """Declares its capability as a text, which is a set of letters."""
+    return Odd("declares_text", _zeros, capabilities="forward")
+
+
+def declares_nothing() -> Odd:
+    """Declares no capabilities at all, not even that it has none."""
+    return Odd("declares_nothing", _zeros, capabilities=None)
+
+
+def quits() -> Odd:
+    """Ends the process when it is asked for an implementation."""
+    raise SystemExit(0)
+
+
 @dataclass(frozen=True)
 class Unbuildable:
     """An implementation that cannot be built."""
@@ -119,6 +139,20 @@ class Unbuildable:
 def unbuildable() -> Unbuildable:
     """Raises when a model is built."""
     return Unbuildable()
+
+
+@dataclass(frozen=True)
+class Stuck(Unbuildable):
+    """An implementation that is never built."""
+
+    def build(self, *_: object, **__: object) -> Odd:
+        while True:
+            time.sleep(0.01)
+
+
+def stuck() -> Unbuildable:
+    """Hangs when a model is built."""
+    return Stuck("stuck")
 
 
 def not_one() -> str:

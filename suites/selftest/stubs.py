@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from harness import cli
+
 ROOT = Path(__file__).resolve().parents[2]
 ODD = "suites.selftest.odd_implementations:"
 QUICK = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest")
@@ -79,6 +83,13 @@ def pytest_in(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]
         text=True,
         check=False,
     )
+
+
+def command(*arguments: str) -> int:
+    """The exit code of the command, in this process."""
+    with pytest.raises(SystemExit) as ending:
+        cli.main(arguments)
+    return int(ending.value.code or 0)
 
 
 def moe_harness(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

@@ -10,25 +10,13 @@ from pathlib import Path
 import pytest
 
 from harness import cli
-from harness.results import baseline as baselines
 from harness.results.runfile import read
-from suites.selftest.stubs import ODD, ROOT, environment, moe_harness
-from suites.selftest.test_results import record, written
+from suites.selftest.stubs import ODD, ROOT, command, environment, moe_harness
 
 MIXTRAL = str(ROOT / "specs" / "mixtral-8x7b.toml")
 
 
-@pytest.fixture(autouse=True)
-def _read_by_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines are whole, as in a pipe; a worker of pytest-xdist sets COLUMNS."""
-    monkeypatch.delenv("COLUMNS", raising=False)
-
-
-def run(*arguments: str) -> int:
-    """The exit code of a command in this process."""
-    with pytest.raises(SystemExit) as ending:
-        cli.main(arguments)
-    return int(ending.value.code or 0)
+pytestmark = pytest.mark.usefixtures("whole_lines")
 
 
 @pytest.mark.parametrize(
@@ -64,7 +52,7 @@ def test_describe_gives_the_same_facts_as_text_markdown_and_json(capsys: pytest.
     """The exact count of Mixtral is in all three formats."""
     shown = []
     for form in ("plain", "markdown", "json"):
-        assert run("describe", "mixtral-8x7b", "--format", form) == 0
+        assert command("describe", "mixtral-8x7b", "--format", form) == 0
         shown.append(capsys.readouterr().out)
     assert "46,702,792,704" in shown[0]
     assert "| total" in shown[1]
@@ -93,7 +81,7 @@ def test_a_mistake_ends_in_one_sentence(
     capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], code: int, sentence: str
 ) -> None:
     """A mistake of the user's is one line on stderr, nothing on stdout, and pytest's 4 or our 78."""
-    assert run(*arguments) == code
+    assert command(*arguments) == code
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err.startswith("moe-harness: ")
@@ -108,7 +96,7 @@ def test_a_bug_of_ours_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         raise ZeroDivisionError("a count was 0")
 
     monkeypatch.setattr("harness.spec.load", broken)
-    assert run("describe", "dbrx") == 70
+    assert command("describe", "dbrx") == 70
     shown = capsys.readouterr().err
     assert shown == (
         "moe-harness: a bug of the harness, ZeroDivisionError: a count was 0; --debug shows the traceback\n"
@@ -132,11 +120,11 @@ def test_a_closed_pipe_is_no_error() -> None:
 
 def test_a_spec_is_imported_validated_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What `spec show` prints is the file, and `spec validate` accepts it."""
-    assert run("spec", "show", "dbrx") == 0
+    assert command("spec", "show", "dbrx") == 0
     copy = tmp_path / "copy.toml"
     copy.write_text(capsys.readouterr().out)
     assert copy.read_bytes() == (ROOT / "specs" / "dbrx.toml").read_bytes()
-    assert run("spec", "validate", str(copy), MIXTRAL) == 0
+    assert command("spec", "validate", str(copy), MIXTRAL) == 0
     assert capsys.readouterr().out.count(": valid (") == 2
 
 
@@ -163,39 +151,21 @@ def test_a_config_is_imported_exactly_or_refused(tmp_path: Path, capsys: pytest.
     """A config.json becomes a spec whose count is exact; an unknown family is refused by name."""
     config, spec = tmp_path / "config.json", tmp_path / "mine.toml"
     config.write_text(json.dumps(CONFIG))
-    assert run("spec", "import", str(config), "-o", str(spec)) == 0
-    assert run("describe", str(spec), "--json") == 0
+    assert command("spec", "import", str(config), "-o", str(spec)) == 0
+    assert command("describe", str(spec), "--json") == 0
     assert json.loads(capsys.readouterr().out)["parameters"]["total"] == 46702792704
     config.write_text(json.dumps(CONFIG | {"model_type": "mamba"}))
-    assert run("spec", "import", str(config)) == 78
+    assert command("spec", "import", str(config)) == 78
     assert "model_type" in capsys.readouterr().err
-    assert run("spec", "import", str(config), "-o", str(tmp_path / "no" / "where.toml")) == 78
-
-
-def test_runs_are_gated_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`gate` exits as the run deserves under the baseline, and `compare` names what changed."""
-    before, after = tmp_path / "before.jsonl", tmp_path / "after.jsonl"
-    written(before, record("a.b"), record("a.c"))
-    found = written(after, record("a.b", "failed"), record("a.c"))
-    assert run("gate", str(before)) == 0
-    assert run("gate", str(after)) == 1
-    assert "failed   a.b         reference         dbrx    because" in capsys.readouterr().out
-    baseline = tmp_path / "known.toml"
-    baselines.write(baseline, found.records)
-    assert run("gate", str(after), "--baseline", str(baseline)) == 0
-    assert run("gate", str(before), "--baseline", str(baseline)) == 1
-    capsys.readouterr()
-    assert run("compare", str(before), str(after), "--format", "json") == 0
-    (table,) = json.loads(capsys.readouterr().out)
-    (row,) = table["rows"]
-    assert (row["change"], row["before"], row["after"]) == ("changed", "passed", "failed")
+    assert command("spec", "import", str(config), "-o", str(tmp_path / "no" / "where.toml")) == 78
 
 
 def test_a_bench_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`bench layer` puts the reference beside its floor, on a machine that it names."""
     page = tmp_path / "layer.md"
     assert (
-        run("bench", "layer", "--tokens", "16", "--dtype", "float32", "--rounds", "2", "-o", str(page)) == 0
+        command("bench", "layer", "--tokens", "16", "--dtype", "float32", "--rounds", "2", "-o", str(page))
+        == 0
     )
     shown = capsys.readouterr().out
     assert "two plain matmuls" in shown
@@ -210,7 +180,7 @@ def test_lists_name_what_can_be_named(capsys: pytest.CaptureFixture[str]) -> Non
         ("implementations", "transformers:mixtral"),
         ("properties", "routing.selects-k-distinct"),
     ):
-        assert run("list", what, "--format", "markdown") == 0
+        assert command("list", what, "--format", "markdown") == 0
         assert f"| {found} " in capsys.readouterr().out
 
 

@@ -77,9 +77,7 @@ def test_public_functions_and_classes_are_described() -> None:
         f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
         for path in modules()
         for node in defined(ast.parse(path.read_text()))
-        if not node.name.startswith("_")
-        and ast.get_docstring(node) is None
-        and len(node.body) > 3
+        if not node.name.startswith("_") and ast.get_docstring(node) is None and len(node.body) > 3
     ]
     assert not bare
 

@@ -60,6 +60,14 @@ def test_a_broken_property_reads_as_one_paragraph(pytester: pytest.Pytester) -> 
         ("hangs", "stub.finite", "timed out after 0.3 s"),
         ("shape", "stub.shape", "logits are (2, 2), not (2, 3)*"),
         ("lies", "stub.cached", "crashed: AttributeError: 'Odd' object has no attribute 'extend'*"),
+        (
+            "misspells",
+            "stub.finite",
+            "crashed: TypeError: capabilities is frozenset({'foward'}); it is a set of*",
+        ),
+        ("declares_text", "stub.finite", "crashed: TypeError: capabilities is 'forward'; it is a set of*"),
+        ("declares_nothing", "stub.finite", "crashed: TypeError: capabilities is None; it is a set of*"),
+        ("stuck", "stub.cached", "timed out after 0.3 s"),
         ("unbuildable", "stub.finite", "crashed: MemoryError: no room*"),
     ],
 )

@@ -10,10 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from harness.results.runfile import RunFileError, read
-from suites.selftest.stubs import ODD, STUBS, environment, moe_harness, pytest_in, write
+from suites.selftest.stubs import ODD, QUICK, STUBS, command, environment, pytest_in, write
 
 HANG = (
     STUBS
@@ -72,33 +73,44 @@ def test_an_unusable_option_is_one_sentence_under_xdist_too(tmp_path: Path) -> N
     assert "Traceback" not in done.stderr + done.stdout
 
 
+def children(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The workers that a run has started."""
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["alone", "workers"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_run_that_is_ended_from_outside_is_no_result(tmp_path: Path, number: signal.Signals) -> None:
-    """What was measured is on disk, but without a footer: compare and gate refuse it with exit code 78."""
+def test_a_run_that_is_ended_from_outside_is_no_result(
+    tmp_path: Path, number: signal.Signals, workers: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was measured is on disk, but without a footer: every reader refuses it, and no process is left."""
     write(tmp_path, stubs=HANG)
     run = tmp_path / "run.jsonl"
     process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "--impl", f"{ODD}good", "--run-file=run.jsonl"],
+        [sys.executable, "-m", "pytest", *QUICK, "--impl", f"{ODD}good", "--run-file=run.jsonl", *workers],
         cwd=tmp_path,
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+    measured = {"stub.finite", "stub.shape", "stub.cached"}
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and (not run.exists() or "stub.cached" not in run.read_text()):
+    while time.monotonic() < deadline and not (
+        run.exists() and all(slug in run.read_text() for slug in measured)
+    ):
         time.sleep(0.05)
+    left = children(process)
     process.send_signal(number)
     code = process.wait(timeout=30)
     assert code == (2 if number == signal.SIGINT else -signal.SIGKILL)
+    assert not psutil.wait_procs(left, timeout=30)[1]
     lines = [json.loads(line) for line in run.read_text().splitlines()]
-    assert [line["slug"] for line in lines[1:]] == ["stub.finite", "stub.shape", "stub.cached"]
-    with pytest.raises(RunFileError, match="there is no footer"):
-        read(run)
-    for arguments in (("gate", str(run)), ("compare", str(run), str(run))):
-        refused = moe_harness(*arguments)
-        assert refused.returncode == 78
-        assert "there is no footer" in refused.stderr
-        assert refused.stdout == ""
+    assert {line["slug"] for line in lines[1:]} == measured
+    for arguments in (("gate", str(run)), ("compare", str(run), str(run)), ("summary", str(run))):
+        assert command(*arguments) == 78
+        out, err = capsys.readouterr()
+        assert "there is no footer" in err
+        assert out == ""
 
 
 def test_an_implementation_that_interrupts_cannot_fake_a_result(tmp_path: Path) -> None:

@@ -20,9 +20,10 @@ from harness.spec.families import FAMILIES
 from harness.spec.huggingface import from_config, import_config, survey
 from harness.theory import parameters
 from suites.selftest import hf_meta
-from suites.selftest.hf_meta import transformers
+from suites.selftest.stubs import ROOT
 from suites.selftest.tiny_configs import IDS, TINY, VARIANTS, tiny
 
+transformers = pytest.importorskip("transformers")
 has_published = pytest.mark.skipif(hf_meta.published() is None, reason="aiconfigurator-core is not installed")
 
 
@@ -124,6 +125,16 @@ def test_defaults_are_those_of_the_configuration_class(family: str) -> None:
         assert fields[key] == stated[key], key
 
 
+@pytest.mark.skipif(hf_meta.installed() != hf_meta.VERSIONS, reason=f"the page is about {hf_meta.VERSIONS}")
+def test_the_committed_survey_is_up_to_date() -> None:
+    """No file is imported wrongly, and the page says what a comparison finds now."""
+    folder = hf_meta.published()
+    assert folder is not None
+    page = hf_meta.page(hf_meta.comparison(folder))
+    assert dict(row[:2] for row in page.tables[0].rows)["wrong"] == 0
+    assert (ROOT / "results" / page.file).read_text(encoding="utf-8") == page.text()
+
+
 @has_published
 def test_published_configs_are_imported_exactly_or_refused_by_field() -> None:
     """Of the real files every one is either imported to the parameter or refused naming a field of it."""
@@ -137,7 +148,6 @@ def test_published_configs_are_imported_exactly_or_refused_by_field() -> None:
             check_facts(config, row.architecture)
         else:
             assert row.field.partition(".")[0] in config, row
-    assert {row["outcome"] for row in hf_meta.comparison(folder)} == {"imported", "refused"}
     imported = [row for row in rows if row.outcome == "imported"]
     assert {row.model_type for row in imported} >= {
         "deepseek_v3",
