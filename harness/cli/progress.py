@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 DELAY_S = 2.0
 """What is over sooner shows nothing, and imports nothing for it."""
-EVERY_S = {True: 0.5, False: 15.0}
+EVERY_S = {True: 0.5, False: 10.0}
 """Between two updates: on a terminal, and where each of them stays to be read."""
 
 COUNTED = "{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
@@ -62,8 +62,9 @@ def _show(state: Progress, over: threading.Event, since: float) -> None:
         bar_format=COUNTED if state.total else UNCOUNTED,
     ) as line:
         line.start_t = since
-        while True:
+        ended = False
+        while not ended:
             line.n = state.done
             line.set_postfix_str(state.detail)
-            if over.wait(EVERY_S[is_terminal]):
-                break
+            ended = over.wait(EVERY_S[is_terminal])
+        line.n = state.done

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from harness.conformance.checked import Checked
 from harness.implementations.protocols import Capability, Implementation, Model, Unsupported
 from harness.reference import ReferenceModel
 from harness.reference import build as build_reference
@@ -78,8 +79,9 @@ class Case:
         """A fresh model under test, holding `weights` (by default: those of `weights()`).
 
         A model that does not declare "weights" keeps its own. Raises Unsupported if the architecture
-        cannot be expressed, or if weights were asked for and cannot be loaded. Typed Any because a property
-        calls the Protocols of the capabilities that it declares to need.
+        cannot be expressed, or if weights were asked for and cannot be loaded. The type and shape of what it
+        answers are checked. Typed Any because a property calls the Protocols of the capabilities that it
+        declares to need.
         """
         architecture = architecture or self.architecture
         model = self.implementation.build(architecture, device=device, dtype=dtype, seed=self.seed)
@@ -88,7 +90,7 @@ class Case:
             model.load_weights(weights if weights is not None else self.weights(architecture))  # type: ignore[attr-defined]
         elif weights is not None:
             raise Unsupported('the model declares no capability "weights"')
-        return model
+        return Checked(model)
 
     def reference(
         self,

@@ -51,6 +51,11 @@ def shape() -> Odd:
     return Odd("shape", lambda tokens: _zeros(tokens)[:, 1:])
 
 
+def silent() -> Odd:
+    """Gives nothing."""
+    return Odd("silent", lambda tokens: None)
+
+
 def raises() -> Odd:
     """Raises in its forward pass."""
 

@@ -105,17 +105,40 @@ def test_a_bug_of_ours_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         cli.main(["describe", "dbrx", "--debug"])
 
 
-def test_a_closed_pipe_is_no_error() -> None:
-    """`moe-harness list specs | head -1` prints a line and nothing else."""
-    command = f"{sys.executable} -c 'from harness.cli import main; main()' describe dbrx | head -1"
-    done = subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {command}"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
+def in_shell(line: str) -> subprocess.CompletedProcess[str]:
+    """A line of bash in which `moe-harness` is this checkout's, by way of `python -m harness`."""
+    alias = f'moe-harness() {{ {sys.executable} -m harness "$@"; }}'
+    return subprocess.run(
+        ["bash", "-c", f"{alias}\n{line}"], env=environment(), capture_output=True, text=True, check=False
     )
-    assert (done.stdout, done.stderr) == ("Parameters\n", "")
+
+
+@pytest.mark.parametrize("arguments", ["describe dbrx", "audit gpt4-leak", "audit gpt4-leak --format json"])
+def test_a_closed_pipe_is_no_error(arguments: str) -> None:
+    """`moe-harness audit gpt4-leak | head -1` prints a line and nothing else."""
+    done = in_shell(f"moe-harness {arguments} | head -1")
+    assert done.stdout.count("\n") == 1
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_reader_that_is_gone_makes_no_success() -> None:
+    """Under pipefail a command whose output no one read ends as the shell has it, never in 0 or 1."""
+    done = in_shell("set -o pipefail; moe-harness describe dbrx | sleep 0")
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "sentence"),
+    [
+        (">/dev/full", 78, "moe-harness: the output: cannot be used: No space left on device\n"),
+        (">&-", 0, ""),
+        ("2>&-", 0, ""),
+    ],
+)
+def test_where_the_output_goes_is_no_bug(redirection: str, code: int, sentence: str) -> None:
+    """A full disk is told in one sentence, and closed descriptors do not matter."""
+    done = in_shell(f"moe-harness describe dbrx {redirection}")
+    assert (done.returncode, done.stderr) == (code, sentence)
 
 
 def test_a_spec_is_imported_validated_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,7 +82,9 @@ def _differences(architecture: Architecture, family: str, said: Mapping[str, Any
 def _meaning(a: Architecture) -> dict[str, Any]:
     """The fields, with what can be written in two ways put in one."""
     said = a.model_dump()
-    said["attention"]["pattern"] = tuple(a.is_window_layer(i) for i in range(a.n_layers))
+    said["attention"]["pattern"] = windows = tuple(a.is_window_layer(i) for i in range(a.n_layers))
+    if not any(windows):
+        said["attention"]["window"] = None  # of a pattern that is longer than the model
     if a.moe is not None:
         for name in ("first_dense", "period", "offset"):
             del said["moe"][name]

@@ -1,0 +1,91 @@
+"""A model under test whose answers are what its Protocols say, or break the property that asked.
+
+Letters: B sequences, S tokens per sequence, V vocabulary. Without this, an answer of another type or shape
+would crash in the middle of a comparison, and read like a fault of the harness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from harness.conformance.property import require
+from harness.implementations.protocols import Routing
+
+
+class Checked:
+    """A model, with the type and shape of every answer checked. Values are for the properties to judge.
+
+    Every method raises Violation where the model does not have it, or gives something else.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def forward(self, tokens: Tensor, **options: Any) -> Tensor:
+        """Logits [B, S, V] of tokens [B, S]."""
+        return self._logits("forward", self._call("forward", tokens, **options), tokens)
+
+    def extend(self, tokens: Tensor, cache: Any | None, **options: Any) -> tuple[Tensor, Any]:
+        """Logits [B, S, V] of the next tokens [B, S], and the cache after them."""
+        answer = self._call("extend", tokens, cache, **options)
+        pair = isinstance(answer, tuple) and len(answer) == 2
+        require(pair, f"extend gave {_shown(answer)}, not a pair of logits and cache")
+        return self._logits("extend", answer[0], tokens), answer[1]
+
+    def routing(self, tokens: Tensor, **options: Any) -> Sequence[Routing]:
+        """One trace per MoE layer; the shapes of its stages are compared stage by stage."""
+        answer = self._call("routing", tokens, **options)
+        traces = isinstance(answer, Sequence) and all(
+            isinstance(getattr(one, "indices", None), Tensor) for one in answer
+        )
+        require(traces, f"routing gave {_shown(answer)}, not a list of Routing with indices")
+        found: Sequence[Routing] = answer
+        return found
+
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Tensors by name."""
+        return _tensors("parameters", self._call("parameters"))
+
+    def gradients(self, loss: Tensor) -> Mapping[str, Tensor]:
+        """Tensors by the names of the parameters."""
+        return _tensors("gradients", self._call("gradients", loss))
+
+    def auxiliary_loss(self, tokens: Tensor, **options: Any) -> Mapping[str, Tensor]:
+        """Scalars by kind."""
+        losses = _tensors("auxiliary_loss", self._call("auxiliary_loss", tokens, **options))
+        for kind, loss in losses.items():
+            require(loss.dim() == 0, f"auxiliary_loss gave {_shown(loss)} as {kind}, not a scalar")
+        return losses
+
+    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        found = getattr(self._model, method, None)
+        require(callable(found), f"the model declares more than it has: there is no method {method}")
+        assert found is not None
+        return found(*arguments, **options)
+
+    def _logits(self, method: str, answer: Any, tokens: Tensor) -> Tensor:
+        want = (*tokens.shape, self._model.vocab_size)
+        right = isinstance(answer, Tensor) and answer.shape == want and answer.is_floating_point()
+        require(right, f"{method} gave {_shown(answer)}, not logits of shape {want}")
+        logits: Tensor = answer
+        return logits
+
+
+def _tensors(method: str, answer: Any) -> Mapping[str, Tensor]:
+    right = isinstance(answer, Mapping) and all(isinstance(value, Tensor) for value in answer.values())
+    require(right, f"{method} gave {_shown(answer)}, not tensors by name")
+    tensors: Mapping[str, Tensor] = answer
+    return tensors
+
+
+def _shown(answer: object) -> str:
+    """An answer by its type, and a tensor by its shape."""
+    if isinstance(answer, Tensor):
+        return f"{str(answer.dtype).removeprefix('torch.')} of shape {tuple(answer.shape)}"
+    return "None" if answer is None else f"a {type(answer).__name__}"
