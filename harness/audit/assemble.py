@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import inf
+from difflib import get_close_matches
+from math import inf, isfinite
 from typing import Any
 
 from harness.audit.axes import Axis, architecture_axes, leaf_axis, table_axis
@@ -12,10 +13,12 @@ from harness.audit.blocks import Block, Test, evaluate, link_axis, unit_of
 from harness.audit.quantities import ARCHITECTURE, LINKS, QUANTITIES, argument
 from harness.audit.quantity import Quantity
 from harness.audit.units import COUNTED, UNITS, Unit
-from harness.spec import Claim, Reading, Spec, SpecError
-from harness.spec.errors import did_you_mean, sentence
+from harness.spec import Architecture, Claim, Reading, Spec, SpecError
+from harness.spec.document import leaf_paths
+from harness.spec.errors import did_you_mean, sentence, show
 from harness.spec.printed import Interval, interval, is_figure
 
+_LEAVES = frozenset(f"architecture.{path}" for path in leaf_paths(Architecture))
 _STATEMENTS = {"yes": Interval(1.0, 1.0), "no": Interval(0.0, 0.0)}
 
 
@@ -191,13 +194,23 @@ def _reason(spec: Spec, claim: Claim, figures: tuple[Figure, ...]) -> str:
         if missing:
             return f"the spec does not say what {', '.join(missing)} may be"
     elif not name.startswith(("architecture.", "training.", "serving.")):
-        return f"theory does not know the quantity {name} yet"
+        return f"theory does not know the quantity {name} yet{_near(spec, name)}"
+    elif name.startswith("architecture.") and name not in _LEAVES:
+        right = did_you_mean(name, {*QUANTITIES, *_LEAVES})
+        wrong = f'"{name}" is no leaf of the architecture'
+        raise SpecError(sentence(spec.path, claim.line, f"{claim.id}.quantity", wrong, right))
     elif not _has_axis(spec, name):
-        return f"the spec does not say what {name} may be"
+        return f"the spec does not say what {name} may be{_near(spec, name)}"
     reasons = [figure.reason for figure in figures]
     if all(reasons):
         return reasons[0] if reasons else "no source prints a value"
     return ""
+
+
+def _near(spec: Spec, name: str) -> str:
+    """A misspelt quantity is no quantity of the future."""
+    near = get_close_matches(name, {*QUANTITIES, *spec.lines}, n=1, cutoff=0.85)
+    return f"; is it {near[0]}?" if near and near[0] != name else ""
 
 
 def _has_axis(spec: Spec, name: str) -> bool:
@@ -221,10 +234,28 @@ def _check_given(spec: Spec, claim: Claim, quantity: Quantity) -> None:
             raise SpecError(
                 sentence(spec.path, claim.line, f"{claim.id}.given", wrong, did_you_mean(name, taken))
             )
+    for name, value in claim.given.items():
+        kind, right = _KINDS.get(name, (None, "give a number, or a figure as it is printed"))
+        if not (isinstance(value, kind) if kind else _is_number(value)):
+            wrong = f"got {show(value)}"
+            raise SpecError(sentence(spec.path, claim.line, f"{claim.id}.given.{name}", wrong, right))
     for name in quantity.given:
         if name not in claim.given:
             wrong = f"{quantity.name} needs the constant {name}"
             raise SpecError(sentence(spec.path, claim.line, f"{claim.id}.given", wrong, f"add {name} = "))
+
+
+_KINDS: Mapping[str, tuple[type, str]] = {
+    "convention": (str, "give the name of a convention"),
+    "exact": (bool, "give true or false"),
+}
+"""Constants that are no numbers."""
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, str):
+        return is_figure(value) and isfinite(interval(value).low) and isfinite(interval(value).high)
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _figures(claim: Claim) -> tuple[Figure, ...]:

@@ -77,18 +77,12 @@ def _numbers(spec: Spec, leaf: Leaf, values: Iterable[Any]) -> tuple[float, ...]
 
 
 def table_axis(spec: Spec, name: str) -> Axis | None:
-    """The axis of an entry of [training] or [serving]; None if the spec has no such entry.
-
-    Raises SpecError if it holds something else than numbers.
-    """
+    """The axis of an entry of [training] or [serving]; None if the spec has no such entry."""
     table, _, key = name.partition(".")
     entry = {"training": spec.training, "serving": spec.serving}[table].get(key)
     if entry is None:
         return None
     values = entry if isinstance(entry, list) else [entry]
-    if not values or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
-        right = "give a number, or a list of the numbers it may be"
-        raise SpecError(sentence(spec.path, None, f"{table}.{key}", f"{entry!r} is not a number", right))
     return Axis(name, tuple(float(value) for value in values))
 
 

@@ -20,7 +20,8 @@ from harness.audit.axes import Axis, Grid, Numbers, chunks
 from harness.audit.quantities import ARCHITECTURE, LINKS, QUANTITIES, argument
 from harness.audit.quantity import Quantity, Range
 from harness.audit.units import UNITS, Unit
-from harness.spec import Architecture, Claim, Reading, Spec
+from harness.spec import Architecture, Claim, Reading, Spec, SpecError
+from harness.spec.errors import sentence
 from harness.spec.printed import Interval
 from harness.theory import parameters
 
@@ -60,7 +61,20 @@ class Test:
         """The quantity at every completion in its own dimension, under each convention that it may have."""
         given = self.claim.given
         variants = [{**given, "convention": name} for name in self.conventions] or [dict(given)]
-        return tuple(values.of(self.quantity, one) for one in variants)
+        try:
+            with np.errstate(divide="raise", invalid="raise", over="raise"):
+                return tuple(values.of(self.quantity, one) for one in variants)
+        except (ArithmeticError, ValueError) as error:
+            wrong, _, right = str(error).partition("; ")
+            raise SpecError(
+                sentence(
+                    values.spec.path,
+                    self.claim.line,
+                    f"{self.claim.id}.given",
+                    f"{self.quantity.name} cannot be computed: {wrong}",
+                    right or f"give {self.quantity.formula} values at which it is a number",
+                )
+            ) from None
 
     def admitting(self, values: Values) -> tuple[str, ...]:
         """The conventions under which the figure holds at some completion."""

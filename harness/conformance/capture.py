@@ -79,6 +79,18 @@ def variants(case: Case) -> Iterator[Variant]:
     for label, d_ff in (("square experts", twin.d_model), ("half-square experts", twin.d_model // 2)):
         made = replaced(twin, {"moe__expert__d_ff": d_ff})
         yield Variant(label, made, case.weights(made))
+    # More experts than a byte can number, more of them than the twin's K, and a router that is square.
+    for label, top_k, n_experts in (("top 8 of 260", 8, 260), ("square router", None, twin.d_model)):
+        made = case.twin(top_k=top_k, n_experts=n_experts, moe__expert__d_ff=16)
+        yield Variant(label, made, case.weights(made))
+    # Each token's logits are all high or all low: sigmoid scores of 1e-4 and less have a sum that counts.
+    yield Variant("leaning router", twin, leaning(plain))
+    if moe.expert.clamp is not None:
+        made = replaced(twin, {"moe__expert__clamp": 5.0})
+        yield Variant("another clamp", made, case.weights(made))
+        # The gate is cut off above and not below: visible only where nothing larger is added.
+        low = shifted(scaled(plain, "experts.gate", 0.1), "experts.gate_bias", -9.0)
+        yield Variant("low gates", twin, low)
 
 
 def scaled(weights: Mapping[str, Tensor], ending: str, factor: float) -> dict[str, Tensor]:
@@ -90,6 +102,14 @@ def shifted(weights: Mapping[str, Tensor], ending: str, by: float) -> dict[str, 
     """The weights, with `by` added to those whose names end so."""
     moved = {name: value + by if name.endswith(ending) else value for name, value in weights.items()}
     return {name: value.float().double() for name, value in moved.items()}
+
+
+def leaning(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, with one row, twice as long as each, added to all rows of a router."""
+    return {
+        name: (value + 2 * value[:1]).float().double() if name.endswith("router.weight") else value
+        for name, value in weights.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,18 @@ from typing import Any
 
 from torch import Tensor
 
-from harness.conformance.property import require
+from harness.conformance.property import Violation
 from harness.implementations.protocols import Routing
+
+
+class Malformed(Violation):
+    """An answer is not what the Protocol says that it is."""
 
 
 class Checked:
     """A model, with the type and shape of every answer checked. Values are for the properties to judge.
 
-    Every method raises Violation where the model does not have it, or gives something else.
+    Every method raises Malformed where the model does not have it, or gives something else.
     """
 
     def __init__(self, model: Any) -> None:
@@ -35,7 +39,7 @@ class Checked:
         """Logits [B, S, V] of the next tokens [B, S], and the cache after them."""
         answer = self._call("extend", tokens, cache, **options)
         pair = isinstance(answer, tuple) and len(answer) == 2
-        require(pair, f"extend gave {_shown(answer)}, not a pair of logits and cache")
+        _require(pair, f"extend gave {_shown(answer)}, not a pair of logits and cache")
         return self._logits("extend", answer[0], tokens), answer[1]
 
     def routing(self, tokens: Tensor, **options: Any) -> Sequence[Routing]:
@@ -44,7 +48,7 @@ class Checked:
         traces = isinstance(answer, Sequence) and all(
             isinstance(getattr(one, "indices", None), Tensor) for one in answer
         )
-        require(traces, f"routing gave {_shown(answer)}, not a list of Routing with indices")
+        _require(traces, f"routing gave {_shown(answer)}, not a list of Routing with indices")
         found: Sequence[Routing] = answer
         return found
 
@@ -60,26 +64,26 @@ class Checked:
         """Scalars by kind."""
         losses = _tensors("auxiliary_loss", self._call("auxiliary_loss", tokens, **options))
         for kind, loss in losses.items():
-            require(loss.dim() == 0, f"auxiliary_loss gave {_shown(loss)} as {kind}, not a scalar")
+            _require(loss.dim() == 0, f"auxiliary_loss gave {_shown(loss)} as {kind}, not a scalar")
         return losses
 
     def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
         found = getattr(self._model, method, None)
-        require(callable(found), f"the model declares more than it has: there is no method {method}")
+        _require(callable(found), f"the model declares more than it has: there is no method {method}")
         assert found is not None
         return found(*arguments, **options)
 
     def _logits(self, method: str, answer: Any, tokens: Tensor) -> Tensor:
         want = (*tokens.shape, self._model.vocab_size)
         right = isinstance(answer, Tensor) and answer.shape == want and answer.is_floating_point()
-        require(right, f"{method} gave {_shown(answer)}, not logits of shape {want}")
+        _require(right, f"{method} gave {_shown(answer)}, not logits of shape {want}")
         logits: Tensor = answer
         return logits
 
 
 def _tensors(method: str, answer: Any) -> Mapping[str, Tensor]:
     right = isinstance(answer, Mapping) and all(isinstance(value, Tensor) for value in answer.values())
-    require(right, f"{method} gave {_shown(answer)}, not tensors by name")
+    _require(right, f"{method} gave {_shown(answer)}, not tensors by name")
     tensors: Mapping[str, Tensor] = answer
     return tensors
 
@@ -89,3 +93,8 @@ def _shown(answer: object) -> str:
     if isinstance(answer, Tensor):
         return f"{str(answer.dtype).removeprefix('torch.')} of shape {tuple(answer.shape)}"
     return "None" if answer is None else f"a {type(answer).__name__}"
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise Malformed(message)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import pytest
 
+from harness.conformance.checked import Malformed
 from harness.conformance.property import Violation, Void
 from harness.implementations.protocols import Unsupported
 
@@ -26,7 +27,7 @@ class Verdict:
     stage: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
     crashed: bool = False
-    """It failed by an exception or by taking too long, not by breaking the property."""
+    """It failed by an exception, a malformed answer or by taking too long, not by breaking the property."""
 
 
 def verdict(error: BaseException | None) -> Verdict:
@@ -35,7 +36,8 @@ def verdict(error: BaseException | None) -> Verdict:
         case None:
             return Verdict("passed")
         case Violation():
-            return Verdict("failed", _line(error), error.stage, error.facts)
+            malformed = isinstance(error, Malformed)
+            return Verdict("failed", _line(error), error.stage, error.facts, crashed=malformed)
         case Unsupported():
             return Verdict("unsupported", _line(error))
         case Void():

@@ -8,7 +8,8 @@ The architecture's leaves may be plain values or tables that say how a value is 
 
 A plain value is *published* (or *leaked*, ...: `default_status`). A completion assigns every unknown.
 Beside [architecture] a file holds title, [[source]] (id, title, url), [[claim]] (id, statement, quantity,
-readings = [{ value, unit, sources }], given, assumes, kind, note) and free facts in [training] and [serving].
+readings = [{ value, unit, sources }], given, assumes, kind, note) and facts in [training] and [serving]
+(a number, or a list of those that it may be).
 """
 
 from __future__ import annotations
@@ -120,6 +121,8 @@ class Spec:
     serving: Mapping[str, Any]
     template: Mapping[str, Any]
     """[architecture] with statuses stripped and unknown leaves absent."""
+    lines: Mapping[str, int] = field(default_factory=dict)
+    """Where each entry of [training] and [serving] stands: "training.tokens" -> line."""
 
     @property
     def unknowns(self) -> tuple[Leaf, ...]:

@@ -103,8 +103,10 @@ class _Reader:
             leaves={leaf.path: leaf for leaf in leaves},
             sources={s.id: Source(s.id, s.title, s.url, s.note) for s in document.source},
             claims=tuple(self.claim(c, i) for i, c in enumerate(document.claim)),
-            training=document.training,
-            serving=document.serving,
+            training=document.training.model_dump(exclude_unset=True),
+            serving=document.serving.model_dump(exclude_unset=True),
+            lines={f"{table}.{key}": nearest(self.lines, (table, key))
+                   for table in ("training", "serving") for key in self.raw.get(table, {})},
             template=template,
         )
         self.check_references(spec)
@@ -279,14 +281,16 @@ def _place(loc: Sequence[str | int]) -> tuple[KeyPath, list[str]]:
     siblings: list[str] = []
     for depth, part in enumerate(loc):
         model = next((k for k in kinds if part_type(k) is not None), None)
-        if model is not None and part not in ("plain", "stated"):
+        if isinstance(part, int):
+            place.append(part)
+        elif model is not None and part not in ("plain", "stated"):
             fields = model.model_fields
             siblings = list(fields)
             place.append(part)
             kinds = _branches(fields[part].annotation) if part in fields else []
         elif part == "stated":
             kinds = [k for k in kinds if part_type(k) is not None]
-        elif isinstance(part, int) or (depth == len(loc) - 1 and not kinds):
+        elif depth == len(loc) - 1 and not kinds:
             place.append(part)
     return tuple(place), siblings
 

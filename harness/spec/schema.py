@@ -11,8 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, create_model
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, create_model, field_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from harness.spec.architecture import Architecture, part_type, without_none
 from harness.spec.document import Status
@@ -82,6 +83,55 @@ class ClaimTable(Table):
     note: str = ""
 
 
+Number = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0)]
+Entry = Number | Annotated[list[Number], Field(min_length=1)] | None
+"""A number, or a list of those that it may be."""
+
+
+class Facts(Table):
+    """Numbers, each of them one or a list of those that it may be."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers(cls, entry: Any) -> Any:
+        """One sentence in place of one for each branch of the union."""
+        values = entry if isinstance(entry, list) else [entry]
+        if not values or not all(type(value) in (int, float) and value >= 0 for value in values):
+            raise PydanticCustomError(
+                "numbers", "Input should be a number of at least 0, or a list of those that it may be"
+            )
+        return entry
+
+
+class TrainingTable(Facts):
+    """The training run."""
+
+    tokens: Entry = None
+    text_epochs: Entry = None
+    code_epochs: Entry = None
+    context: Entry = None
+    batch_tokens: Entry = None
+    gpus: Entry = None
+    days: Entry = None
+    gpu_hour_usd: Entry = None
+    tensor_parallel: Entry = None
+    pipeline_parallel: Entry = None
+    zero_stage: Entry = None
+    gpu_memory: Entry = Field(None, description="Bytes of one GPU.")
+    peak_flops: Entry = Field(None, description="FLOP/s of one GPU.")
+
+
+class ServingTable(Facts):
+    """One inference cluster."""
+
+    tensor_parallel: Entry = None
+    pipeline_parallel: Entry = None
+    head_share: Entry = Field(None, description="What the head node holds, of an ordinary node's share.")
+    context: Entry = None
+    batch: Entry = None
+    bytes_per_parameter: Entry = None
+
+
 def _leaf_type(field: FieldInfo) -> Any:
     annotation = without_none(field.annotation)
     return Annotated[(annotation, *field.metadata)] if field.metadata else annotation
@@ -123,8 +173,8 @@ def document_model() -> type[BaseModel]:
         default_status=(KnownStatus, "published"),
         source=(list[SourceTable], []),
         architecture=(_table_of(Architecture), ...),
-        training=(dict[str, Fact], {}),
-        serving=(dict[str, Fact], {}),
+        training=(TrainingTable, TrainingTable()),
+        serving=(ServingTable, ServingTable()),
         claim=(list[ClaimTable], []),
     )
 

@@ -171,7 +171,7 @@ def _whole(spec: Spec, key: str) -> int:
     value = spec.training[key]
     if isinstance(value, bool) or not isinstance(value, int | float) or value < 1 or value != int(value):
         right = "give a whole number of at least 1"
-        raise SpecError(sentence(spec.path, None, f"training.{key}", f"got {show(value)}", right))
+        raise SpecError(sentence(spec.path, spec.lines.get(f"training.{key}"), f"training.{key}", f"got {show(value)}", right))
     return int(value)
 
 

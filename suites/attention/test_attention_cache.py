@@ -58,6 +58,7 @@ def splits(length: int) -> list[tuple[int, ...]]:
         "decode-position-off-by-one",
         "cache-keeps-too-little",
         "decode-sees-one-less",
+        "cache-block-lost",
     ),
     applies=splittable,
 )
@@ -67,6 +68,8 @@ def test_any_split_equals_one_pass(case: Case) -> None:
     window = None if case.architecture is None else case.architecture.attention.window
     lengths = (16,) if window is None else (16, window - 1, window, window + 1)
     batches = [case.tokens(2, length) for length in lengths]
+    # One sequence; and one beyond the usual blocks of 16, 32 and 64 tokens.
+    batches += [case.tokens(1, 16), case.tokens(1, 70)]
     for tokens in batches:
         bound = margin(case, model, tokens)
         note_share(case, bound.comparable)
@@ -103,6 +106,35 @@ def test_padding_before_a_cache_is_irrelevant(case: Case) -> None:
             own = bound.pick((row, real))
             what = f"logits of sequence {row}, padded on the left, in pieces of {list(sizes)}"
             agree(pieces[row][real], alone, 2 * own.radius, what=what, where=own.comparable, stage="cache")
+
+
+@conformance(
+    "attention.positions-may-be-given",
+    clause="architecture.positions",
+    needs=("forward", "weights", "cache"),
+    kills=("positions-argument-ignored", "positions-ignored-with-a-cache", "positions-wrap"),
+    applies=lambda a: splittable(a) and a is not None and a.positions != "none",
+)
+def test_positions_may_be_given(case: Case) -> None:
+    """Positions that are given, far ones and with gaps, are used, in one pass and in pieces with a cache."""
+    architecture, weights = case.shape, case.weights(std=0.2)
+    model = case.model(weights=weights)
+    tokens = case.tokens(2, 12)
+    last = architecture.max_positions - 1
+    steps = torch.tensor([0, 1, 2, 5, 9, 20, 21, 40, 63, 64, 90, 127]).clamp(max=last)
+    at = torch.stack([steps, last - steps.flip(0)])
+    # Said explicitly: without a mask some models take a jump in the positions for a new sequence.
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    bound = margin(case, model, tokens, mask=mask, positions=at, weights=weights)
+    assert bound.logits is not None
+    note_share(case, bound.comparable)
+    with torch.no_grad():
+        whole = model.forward(tokens, mask=mask, positions=at)
+        start, cache = model.extend(tokens[:, :5], None, mask=mask[:, :5], positions=at[:, :5])
+        rest, _ = model.extend(tokens[:, 5:], cache, mask=mask, positions=at[:, 5:])
+    for what, logits in (("logits", whole), ("logits in pieces", torch.cat([start, rest], dim=1))):
+        said = f"{what} at given positions"
+        agree(logits, bound.logits, bound.radius, what=said, where=bound.comparable, stage="rotate")
 
 
 @conformance(
