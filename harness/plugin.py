@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from harness._resources import suites_dir
 from harness.results.controller import PLAN, Controller, asked_for
 
 if TYPE_CHECKING:
@@ -122,6 +123,13 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     subjects = config.stash[STATE].subjects or ()
     listed = ", ".join(subject.id for subject in subjects)
     return [f"under test: {listed}; seed {config.getoption('seed')}"] if listed else []
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Where an implementation or a spec is named, the harness's own tests are not what was asked for."""
+    if not (config.getoption("impl") or config.getoption("spec")):
+        return None
+    return True if collection_path.resolve() == suites_dir() / "selftest" else None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

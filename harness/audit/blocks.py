@@ -72,7 +72,7 @@ class Test:
                     self.claim.line,
                     f"{self.claim.id}.given",
                     f"{self.quantity.name} cannot be computed: {wrong}",
-                    right or f"give {self.quantity.formula} values at which it is a number",
+                    right or f"give constants and facts at which {self.quantity.formula} is a number",
                 )
             ) from None
 

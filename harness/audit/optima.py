@@ -30,10 +30,10 @@ class Optima:
         self._sides = [_Side(block, self.shared) for block in blocks]
         self._weights = {name: side.weights[name] for side in self._sides for name in side.bits}
 
-    def admitted(self, claim: str) -> dict[int, Patterns]:
+    def admitted(self, claim: str, place: int | None = None) -> dict[int, Patterns]:
         """Block position -> the block's patterns at the optimum of all claims but this one.
 
-        Of the blocks that test the claim only: no other block tells anything about it.
+        Of the blocks that test the claim only, and of `place`: no other block tells anything about it.
         """
         sides = [side for side in self._sides if claim in side.bits or side.coupled]
         ceiling = sum(side.best(frozenset(), claim)[0] for side in sides)
@@ -50,9 +50,9 @@ class Optima:
             if score == best:
                 chosen.append(kept)
         return {
-            place: np.unique(np.concatenate([side.best(kept, claim)[1] for kept in chosen]))
-            for place, side in enumerate(self._sides)
-            if claim in side.bits
+            i: np.unique(np.concatenate([side.best(kept, claim)[1] for kept in chosen]))
+            for i, side in enumerate(self._sides)
+            if claim in side.bits or i == place
         }
 
     def _subsets(self, names: frozenset[str]) -> Iterator[tuple[frozenset[str], int]]:

@@ -128,8 +128,10 @@ def judge(spec: Spec) -> Judged:
     optima = Optima(case.blocks)
     tested = [(place, test) for place, block in enumerate(case.blocks) for test in block.tests]
     places = {block.name: place for place, block in enumerate(case.blocks)}
-    tested += [(places[name], test) for name, test in case.foreign if name in places]
-    admitted = {claim: optima.admitted(claim) for claim in dict.fromkeys(t.claim.id for _, t in tested)}
+    foreign = [(places[name], test) for name, test in case.foreign if name in places]
+    homes = {test.claim.id: place for place, test in foreign}  # where no figure that fits may be tested
+    tested += foreign
+    admitted = {claim: optima.admitted(claim, homes.get(claim)) for claim in {t.claim.id for _, t in tested}}
     found = {place: _selected(block, place, admitted.values()) for place, block in enumerate(case.blocks)}
     verdicts = []
     for claim in spec.claims:
@@ -140,7 +142,7 @@ def judge(spec: Spec) -> Judged:
                 verdicts.append(Verdict(claim, figure, "not yet judged", reason=reason))
                 continue
             findings = tuple(
-                _finding(case.blocks[place], test, admitted[claim.id].get(place), *found[place])
+                _finding(case.blocks[place], test, admitted[claim.id][place], *found[place])
                 for place, test in tests
             )
             verdicts.append(
@@ -175,13 +177,8 @@ def _outcome(findings: Sequence[Finding]) -> Outcome:
     return "undetermined"
 
 
-def _finding(
-    block: Block, test: Test, admitted: Patterns | None, values: Values, patterns: Patterns
-) -> Finding:
+def _finding(block: Block, test: Test, admitted: Patterns, values: Values, patterns: Patterns) -> Finding:
     """`values` are completions of the block that some claim needs, `patterns` theirs."""
-    if admitted is None:  # no figure of the claim fits the quantity: the block never tested it
-        admitted = block.patterns
-        values, patterns = block.select(admitted)
     mask = np.isin(patterns, admitted)
     chosen = Values(values.spec, {name: array[mask] for name, array in values.axes.items()})
     count = int(mask.sum())

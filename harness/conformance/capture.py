@@ -73,15 +73,18 @@ def variants(case: Case) -> Iterator[Variant]:
         made = replaced(twin, {"moe__router__scaling_factor": 1.7})
     yield Variant("scaled weights", made, case.weights(made))
     if not moe.shared_gate:
-        shared = moe.shared or moe.expert.model_copy(update={"d_ff": 44})
-        made = replaced(twin, {"moe__shared": shared.model_dump(), "moe__shared_gate": True})
-        yield Variant("gated shared expert", made, case.weights(made))
+        yield gated_shared(case)
     for label, d_ff in (("square experts", twin.d_model), ("half-square experts", twin.d_model // 2)):
         made = replaced(twin, {"moe__expert__d_ff": d_ff})
         yield Variant(label, made, case.weights(made))
     # More experts than a byte can number, more of them than the twin's K, and a router that is square.
-    for label, top_k, n_experts in (("top 8 of 260", 8, 260), ("square router", None, twin.d_model)):
-        made = case.twin(top_k=top_k, n_experts=n_experts, moe__expert__d_ff=16)
+    many: tuple[tuple[str, int | None, int], ...] = (
+        ("top 8 of 260", 8, 260),
+        ("square router", None, twin.d_model),
+    )
+    for label, k, n_experts in many:
+        layers = moe.first_dense + 1
+        made = case.twin(top_k=k, n_experts=n_experts, n_layers=layers, moe__expert__d_ff=8)
         yield Variant(label, made, case.weights(made))
     # Each token's logits are all high or all low: sigmoid scores of 1e-4 and less have a sum that counts.
     yield Variant("leaning router", twin, leaning(plain))
@@ -91,6 +94,14 @@ def variants(case: Case) -> Iterator[Variant]:
         # The gate is cut off above and not below: visible only where nothing larger is added.
         low = shifted(scaled(plain, "experts.gate", 0.1), "experts.gate_bias", -9.0)
         yield Variant("low gates", twin, low)
+
+
+def gated_shared(case: Case) -> Variant:
+    """The twin with a shared expert behind a gate."""
+    moe = moe_of(case.shape)
+    shared = moe.shared or moe.expert.model_copy(update={"d_ff": 44})
+    made = replaced(case.shape, {"moe__shared": shared.model_dump(), "moe__shared_gate": True})
+    return Variant("gated shared expert", made, case.weights(made))
 
 
 def scaled(weights: Mapping[str, Tensor], ending: str, factor: float) -> dict[str, Tensor]:

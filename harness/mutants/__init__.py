@@ -12,6 +12,7 @@ from harness.mutants import (  # noqa: F401  # each enters its mutants in the ca
     capacity,
     dense,
     experts,
+    extent,
     loading,
     losses,
     routing,

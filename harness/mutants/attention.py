@@ -145,6 +145,28 @@ def positions_count_padding(_: Any, run: Method) -> Method:
     return changed
 
 
+@mutant(whole, "run", stage="rotate", spec="gpt3-175b", applies=anywhere)
+def positions_argument_ignored(_: Any, run: Method) -> Method:
+    """Positions that are given are not used."""
+    return lambda tokens, cache, mask, _positions: run(tokens, cache, mask, None)
+
+
+@mutant(whole, "extend", stage="rotate", spec="mixtral-8x7b", applies=anywhere)
+def positions_ignored_with_a_cache(_: Any, extend: Method) -> Method:
+    """Positions that are given beside a cache are not used."""
+
+    def changed(tokens: Tensor, cache: Any, *, mask: Any = None, positions: Any = None) -> Any:
+        return extend(tokens, cache, mask=mask, positions=None if cache is not None else positions)
+
+    return changed
+
+
+@mutant(whole, "embed", stage="rotate", spec="gpt3-175b", applies=lambda a: a.positions == "learned")
+def positions_wrap(_: Any, embed: Method) -> Method:
+    """Learned positions begin anew after 64."""
+    return lambda tokens, positions: embed(tokens, positions % 64)
+
+
 @mutant(attentions, "scores", stage="mask", origin="pytorch#103749", applies=anywhere)
 def padding_poisons(_: Any, scores: Method) -> Method:
     """Rows that see nothing become NaN and spread."""

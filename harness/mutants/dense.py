@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from harness.mutants.defect import Method, anywhere, mutant, norms, patched, whole
 from harness.reference import ReferenceModel
+from harness.reference.layers import Norm
 
 
 @patched(stage="norm", spec="mixtral-8x7b", applies=anywhere)
@@ -15,6 +16,30 @@ def norm_eps_default(model: ReferenceModel) -> None:
     """The epsilon of the norms is a default in place of the one given."""
     for norm in norms(model):
         norm.eps = 1e-6 if norm.eps != 1e-6 else 1e-5
+
+
+def _eps_default(model: ReferenceModel, *endings: str) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, Norm) and name.endswith(endings):
+            module.eps = 1e-6 if module.eps != 1e-6 else 1e-5
+
+
+@patched(stage="norm", spec="llama-3.1-8b", applies=anywhere)
+def final_norm_eps_default(model: ReferenceModel) -> None:
+    """The epsilon of the last norm alone is a default."""
+    _eps_default(model, "final_norm")
+
+
+@patched(stage="norm", spec="qwen3-30b-a3b", applies=lambda a: a.attention.qk_norm != "none")
+def qk_norm_eps_default(model: ReferenceModel) -> None:
+    """The epsilon of the norms of queries and keys is a default."""
+    _eps_default(model, "q_norm", "k_norm")
+
+
+@patched(stage="norm", spec="deepseek-v3", applies=lambda a: a.attention.mla is not None)
+def latent_norm_eps_default(model: ReferenceModel) -> None:
+    """The epsilon of the norms of latent attention is a default."""
+    _eps_default(model, "q_a_norm", "kv_a_norm")
 
 
 @mutant(norms, "forward", stage="gradient", spec="llama-3.1-8b", applies=anywhere)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from harness.mutants.defect import Method, experts, moes, mutant, whole
 from harness.reference.experts import Dispatch
+from harness.reference.layers import SWIGLU_ALPHA
 from harness.reference.trace import RoutingTrace
 from harness.spec.architecture import Architecture
 
@@ -183,6 +184,39 @@ def expert_bias_dropped(target: Any, _: Method) -> Method:
         gate = None if target.gate is None else F.linear(rows, target.gate[expert])
         hidden: Tensor = target.activate(gate, F.linear(rows, target.up[expert]))
         return F.linear(hidden, target.down[expert])
+
+    return changed
+
+
+def _clamped(architecture: Architecture) -> bool:
+    return architecture.moe is not None and architecture.moe.expert.clamp is not None
+
+
+@mutant(experts, "activate", stage="combine", spec="gpt-oss-20b", applies=_clamped)
+def clamp_constant(_: Any, __: Method) -> Method:
+    """The clamp is 7 whatever the configuration says."""
+
+    def changed(gate: Tensor, up: Tensor) -> Tensor:
+        gate = gate.clamp(max=7.0)
+        return gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up.clamp(-7.0, 7.0) + 1)
+
+    return changed
+
+
+@mutant(experts, "activate", stage="combine", spec="gpt-oss-20b", applies=_clamped)
+def gate_clamped_below(target: Any, activate: Method) -> Method:
+    """The gate is cut off on both sides."""
+    return lambda gate, up: activate(gate.clamp(min=-target.ff.clamp), up)
+
+
+@mutant(moes, "share", stage="gradient")
+def shared_gate_learns_nothing(moe: Any, share: Method) -> Method:
+    """The gate of the shared expert gets no gradient."""
+
+    def changed(x: Tensor) -> Any:
+        if moe.shared_gate is None:
+            return share(x)
+        return moe.shared(x) * moe.shared_gate(x).sigmoid().detach()
 
     return changed
 

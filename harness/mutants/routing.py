@@ -273,6 +273,24 @@ def never_normalised(router: Any, _: Method) -> Method:
     routers,
     "weigh",
     stage="weigh",
+    spec="deepseek-v3",
+    applies=_router(lambda r: r.normalise and r.order == "before_topk"),
+)
+def small_sums_not_normalised(router: Any, _: Method) -> Method:
+    """The sum that weights are divided by is kept from being small."""
+
+    def changed(scores: Tensor, _logits: Tensor, selected: Tensor) -> Any:
+        weights = scores.gather(-1, selected)
+        total = weights.sum(-1, keepdim=True).clamp(min=1e-3)
+        return weights / total * router.router.scaling_factor
+
+    return changed
+
+
+@mutant(
+    routers,
+    "weigh",
+    stage="weigh",
     origin="Megatron-LM#894",
     spec="olmoe-1b-7b",
     applies=_router(lambda r: not r.normalise and r.order == "before_topk"),

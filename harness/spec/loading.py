@@ -105,8 +105,11 @@ class _Reader:
             claims=tuple(self.claim(c, i) for i, c in enumerate(document.claim)),
             training=document.training.model_dump(exclude_unset=True),
             serving=document.serving.model_dump(exclude_unset=True),
-            lines={f"{table}.{key}": nearest(self.lines, (table, key))
-                   for table in ("training", "serving") for key in self.raw.get(table, {})},
+            lines={
+                f"{table}.{key}": nearest(self.lines, (table, key))
+                for table in ("training", "serving")
+                for key in self.raw.get(table, {})
+            },
             template=template,
         )
         self.check_references(spec)

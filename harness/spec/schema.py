@@ -11,7 +11,17 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, create_model, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    WithJsonSchema,
+    create_model,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
@@ -83,13 +93,14 @@ class ClaimTable(Table):
     note: str = ""
 
 
-Number = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0)]
-Entry = Number | Annotated[list[Number], Field(min_length=1)] | None
+_NUMBER = {"type": "number", "minimum": 0}
+_ENTRY = {"anyOf": [_NUMBER, {"type": "array", "items": _NUMBER, "minItems": 1}]}
+Entry = Annotated[int | float | list[int | float] | None, WithJsonSchema(_ENTRY)]
 """A number, or a list of those that it may be."""
 
 
 class Facts(Table):
-    """Numbers, each of them one or a list of those that it may be."""
+    """Each entry is a number of at least 0, or a list of those that it may be."""
 
     @field_validator("*", mode="before")
     @classmethod

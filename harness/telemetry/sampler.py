@@ -180,6 +180,10 @@ def _energy(series: list[_Stamped]) -> Reading:
     method = _energy_method(series)
     if method == "counter":
         counter, _ = _values(series, "energy_j")
+        if counter[-1] <= counter[0]:  # the driver advances it every some ten milliseconds
+            return unavailable(
+                f"the energy counter did not advance in {series[-1].time - series[0].time:.3g} s"
+            )
         return Reading(counter[-1] - counter[0])
     if method == "none":
         return unavailable(_values(series, "power_w")[1] or "fewer than two samples")
@@ -189,8 +193,5 @@ def _energy(series: list[_Stamped]) -> Reading:
         if s.sample.readings["power_w"].value is not None
     ]
     return Reading(
-        sum(
-            (b[0] - a[0]) * ((a[1] or 0.0) + (b[1] or 0.0)) / 2
-            for a, b in itertools.pairwise(points)
-        )
+        sum((b[0] - a[0]) * ((a[1] or 0.0) + (b[1] or 0.0)) / 2 for a, b in itertools.pairwise(points))
     )

@@ -169,9 +169,13 @@ def _training(spec: Spec, context: int) -> dict[str, Any]:
 def _whole(spec: Spec, key: str) -> int:
     """A whole number of at least 1 from [training]; 14.8e12 is one."""
     value = spec.training[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 1 or value != int(value):
+    if value < 1 or value != int(value):
         right = "give a whole number of at least 1"
-        raise SpecError(sentence(spec.path, spec.lines.get(f"training.{key}"), f"training.{key}", f"got {show(value)}", right))
+        raise SpecError(
+            sentence(
+                spec.path, spec.lines.get(f"training.{key}"), f"training.{key}", f"got {show(value)}", right
+            )
+        )
     return int(value)
 
 

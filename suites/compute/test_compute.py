@@ -115,6 +115,9 @@ def test_dense_gradients_equal_reference(case: Case) -> None:
         "top-1-normalised",
         "scaling-only-if-normalised",
         "shared-gate-dropped",
+        "gate-clamped-below",
+        "router-transposed-if-square",
+        "combines-four-at-most",
     ),
     applies=lambda architecture: (
         dropless(architecture) and architecture is not None and architecture.moe is not None

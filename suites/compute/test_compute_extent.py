@@ -1,4 +1,4 @@
-"""What small shapes and first calls hide: many tokens, many layers, every token id, other magnitudes, history.
+"""What small shapes and first calls hide: many tokens, many layers, every id, other magnitudes, history.
 
 Letters: B sequences, S tokens per sequence, V vocabulary.
 """
@@ -30,7 +30,7 @@ def dropless(architecture: Architecture | None) -> bool:
 def check_logits(
     case: Case, architecture: Architecture, weights: Mapping[str, Tensor], tokens: Tensor, what: str
 ) -> None:
-    """Raise Violation unless the logits of tokens [B, S] are the reference's, within what rounding explains."""
+    """Raise Violation unless the logits of tokens [B, S] are the reference's, but for rounding."""
     model = case.model(architecture, weights)
     bound = margin(case, model, tokens, architecture=architecture, weights=weights)
     assert bound.logits is not None
@@ -66,7 +66,7 @@ def test_many_tokens_equal_reference(case: Case) -> None:
     applies=has_architecture,
 )
 def test_many_layers_equal_reference(case: Case) -> None:
-    """The logits of a model of 12 layers, whose numbers have one digit and two, are those of the reference."""
+    """The logits of a model of 12 layers, numbered with one digit and two, are those of the reference."""
     architecture = case.twin(n_layers=12)
     tokens = case.tokens(3, 9)
     check_logits(case, architecture, case.weights(architecture, std=0.2), tokens, "logits of 12 layers")

@@ -80,7 +80,13 @@ def kept_slots(layer: Captured, factor: Fraction) -> tuple[Tensor, Tensor, Tenso
     "routing.capacity-keeps-the-right-tokens",
     clause="architecture.moe.router.capacity_factor",
     needs=("routing", "weights"),
-    kills=("drops-nothing", "drops-the-first", "padding-takes-places", "capacity-rounded-down", "capacity-in-floats"),
+    kills=(
+        "drops-nothing",
+        "drops-the-first",
+        "padding-takes-places",
+        "capacity-rounded-down",
+        "capacity-in-floats",
+    ),
     applies=has_experts,
 )
 def test_capacity_keeps_the_right_tokens(case: Case) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from harness.conformance import Case, Void, conformance, require
-from harness.conformance.capture import has_experts, may_have_experts, moe_of, variants
+from harness.conformance.capture import gated_shared, has_experts, may_have_experts, moe_of
 from harness.conformance.comparison import Ragged, agree, finite, longest_product, margin, ragged
 from harness.conformance.gradients import check_gradients, expected_gradients, language_model_loss, radii
 from harness.implementations.protocols import Unsupported
@@ -33,12 +33,11 @@ def test_gradients_equal_reference(case: Case) -> None:
     for top_k in (1, 2, 3):
         architecture = case.twin(top_k=top_k)
         check_gradients(case, architecture, case.weights(architecture), f"top {top_k}")
-    for variant in variants(case):
-        if variant.label == "gated shared expert":
-            try:
-                check_gradients(case, variant.architecture, variant.weights, variant.label)
-            except Unsupported:
-                case.note("not_expressible", [variant.label])
+    gated = gated_shared(case)
+    try:
+        check_gradients(case, gated.architecture, gated.weights, gated.label)
+    except Unsupported:
+        case.note("not_expressible", [gated.label])
 
 
 @conformance(

@@ -16,7 +16,13 @@ from harness.conformance.property import Void
     "routing.projects-the-input",
     clause="architecture.moe.router.bias",
     needs=("routing", "weights"),
-    kills=("router-bias-unused", "router-in-bfloat16", "router-reports-probabilities", "z-on-noised-logits"),
+    kills=(
+        "router-bias-unused",
+        "router-in-bfloat16",
+        "router-reports-probabilities",
+        "z-on-noised-logits",
+        "router-transposed-if-square",
+    ),
     applies=has_experts,
 )
 def test_projects_the_input(case: Case) -> None:
@@ -91,6 +97,7 @@ FLOAT32_EPS = 2.0**-23
         "scaling-only-if-normalised",
         "softmax-of-the-selected",
         "top-1-normalised",
+        "small-sums-not-normalised",
     ),
     applies=has_experts,
 )
@@ -119,6 +126,9 @@ def test_weighs_the_selected(case: Case) -> None:
         "weights-of-another-slot",
         "rows-right-for-one-sequence",
         "expert-bias-dropped",
+        "expert-ids-in-a-byte",
+        "combines-four-at-most",
+        "clamp-constant",
     ),
     applies=has_experts,
 )

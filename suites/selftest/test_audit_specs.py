@@ -136,6 +136,10 @@ def test_each_figure_of_a_disagreement_is_judged_by_itself(tmp_path):
     [
         ("given = { basline = 1e9 }", "baseline"),
         ("", "needs the constant baseline"),
+        ("given = { baseline = true }", "baseline: got true"),
+        ('given = { baseline = "lots" }', 'baseline: got "lots"'),
+        ("given = { baseline = [1, 2] }", "baseline: got"),
+        ("given = { baseline = 0 }", "parameters.growth cannot be computed: divide by zero"),
     ],
 )
 def test_wrong_constants_are_errors(tmp_path, extra, message):
@@ -147,11 +151,51 @@ def test_wrong_constants_are_errors(tmp_path, extra, message):
     assert f":{wrong.claims[0].line}:" in str(raised.value)
 
 
-def test_an_axis_of_words_is_an_error(tmp_path):
-    """A list in [training] that holds something else than numbers is named by its key."""
-    base = BASE.replace("gpus = [10, 20]", 'gpus = ["ten"]')
-    with pytest.raises(SpecError, match=r"training\.gpus"):
-        audit(spec(tmp_path, claim("gpus", "training.gpus", ("10", "GPUs", "A")), base=base))
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ('gpus = ["ten"]', r":\d+: training\.gpus: got \['ten'\]; it should be a number"),
+        ("gpus = [10, -20]", r":\d+: training\.gpus: got"),
+        ("gpus = []", r":\d+: training\.gpus: got"),
+        ("gpus = true", r":\d+: training\.gpus: got true"),
+        ("gpuss = 10", r':\d+: training\.gpuss: unknown key; did you mean "gpus"\?'),
+    ],
+)
+def test_an_axis_that_is_no_number_is_an_error(tmp_path, entry, message):
+    """What [training] holds is numbers under known keys, or is refused by file, line and field."""
+    with pytest.raises(SpecError, match=message):
+        spec(tmp_path, base=BASE.replace("gpus = [10, 20]", entry))
+
+
+def test_a_fact_at_which_a_formula_has_no_value_is_an_error(tmp_path):
+    """A quantity that would be divided by zero ends in a sentence, not in infinity or a warning."""
+    base = BASE + "tensor_parallel = [0, 8]\npipeline_parallel = 2\n"
+    weights = claim(
+        "w", "training.weights_per_gpu", ("1", "GB", "A"), extra="given = { bytes_per_parameter = 2 }"
+    )
+    with pytest.raises(SpecError, match=r":\d+: w\.given: training\.weights_per_gpu cannot be computed"):
+        audit(spec(tmp_path, weights, base=base))
+
+
+def test_a_claim_on_a_leaf_that_is_none_is_an_error(tmp_path):
+    """A misspelt leaf is refused, and a quantity that is nearly a known one is asked about."""
+    with pytest.raises(SpecError, match=r'did you mean "architecture\.n_layers"\?'):
+        audit(spec(tmp_path, claim("layers", "architecture.n_layer", ("4", "layers", "A"))))
+    near = only(audit(spec(tmp_path, claim("gpus", "training.gpuss", ("10", "GPUs", "A")))))
+    assert near.outcome == "not yet judged"
+    assert near.reason.endswith("is it training.gpus?")
+
+
+def test_a_claim_in_a_foreign_unit_alone_is_judged_where_the_others_hold(tmp_path):
+    """A rate for an amount contradicts, and theory's range is that of the completions the others admit."""
+    layers = claim("layers", "architecture.n_layers", ("4", "layers", "A"))
+    flop = claim("work", "flops.forward", ("1", "FLOP", "A"), extra="given = { context = 0 }")
+    rate = claim("work", "flops.forward", ("1", "FLOP/s", "A"), extra="given = { context = 0 }")
+    found = [audit(spec(tmp_path, layers, one)) for one in (flop, rate)]
+    amount, other = (one.verdicts[1].findings[0] for one in found)
+    assert found[1].verdicts[1].outcome == "contradicts"
+    assert (amount.admitted, amount.low, amount.high) == (other.admitted, other.low, other.high)
+    assert other.admitted < found[1].blocks["architecture"]
 
 
 def test_an_unknown_convention_is_an_error(tmp_path):

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +30,7 @@ class FakeNvml:
         self.failing = failing
         self.calls = 0
         self.lost_after = lost_after
-        self.energy = itertools.count(5_000_000, 30_000)
+        self.energy: Iterator[int] = itertools.count(5_000_000, 30_000)
         self.answers: dict[str, Any] = {
             "nvmlInit": None,
             "nvmlShutdown": None,
@@ -110,6 +111,13 @@ def test_a_refused_metric_is_a_reason_and_leaves_the_others(code: int) -> None:
     summary = summary_of(FakeNvml(nvmlDeviceGetUtilizationRates=code))
     assert summary["utilisation_percent_mean"] == {"unavailable": str(pynvml.NVMLError(code))}
     assert summary["power_w_max"] == 300.0
+
+
+def test_a_span_too_short_for_the_energy_counter_has_no_energy() -> None:
+    """A counter that did not advance between two samples is a reason, never zero joules."""
+    library = FakeNvml()
+    library.energy = itertools.repeat(5_000_000)
+    assert "counter did not advance" in summary_of(library)["energy_j"]["unavailable"]
 
 
 def test_energy_falls_back_to_the_integral_of_power_and_says_so() -> None:

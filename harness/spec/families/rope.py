@@ -72,6 +72,10 @@ def _kind(inner: Fields) -> str:
 
 def _one_of(fields: Fields, inner: Fields, key: str, default: float) -> float:
     """A number that may stand beside the rope object, inside it, or (agreeing) in both."""
+    for part in (fields, inner):
+        if key in part.given and part.given[key] is None:
+            # transformers passes a null on where it would fill in the default of an absent key.
+            raise part.refuse(key, "null is not what its absence means", "leave it out or give a number")
     beside, inside = fields.number_or_none(key), inner.number_or_none(key)
     if beside is not None and inside is not None and beside != inside:
         raise fields.refuse(

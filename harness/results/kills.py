@@ -1,0 +1,52 @@
+"""The kill matrix: which property fails which mutant, out of one run of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from harness.results.report import Page
+from harness.results.runfile import Run
+from harness.theory.describe import Table
+
+COMMAND = "moe-harness kills"
+PREFIX = "mutant:"
+
+
+def page(run: Run, described: Mapping[str, tuple[str, str, str]]) -> Page:
+    """The matrix both ways; `described`: mutant -> stage, defect, origin.
+
+    A kill is a counterexample: a property that crashed on a mutant has not killed it.
+    """
+    by_property: dict[str, list[str]] = {}
+    by_mutant: dict[str, list[str]] = {}
+    specs: dict[str, str] = {}
+    for record in run.records:
+        if not record.implementation.startswith(PREFIX):
+            continue
+        mutant = record.implementation.removeprefix(PREFIX).partition("@")[0]
+        specs[mutant] = record.spec
+        kills, killed = by_property.setdefault(record.slug, []), by_mutant.setdefault(mutant, [])
+        if record.outcome == "failed" and not record.reason.startswith(("crashed", "timed out")):
+            kills.append(mutant)
+            killed.append(record.slug)
+    survivors = sum(not slugs for slugs in by_mutant.values())
+    return Page(
+        "kill-matrix.md",
+        "Kill matrix",
+        COMMAND,
+        (
+            Table(
+                f"{len(by_property)} properties on {len(by_mutant)} mutants, {survivors} of which survive",
+                ("property", "kills", "mutants"),
+                tuple((slug, len(names), ", ".join(sorted(names))) for slug, names in sorted(by_property.items())),
+            ),
+            Table(
+                "Mutants: the reference with one defect",
+                ("mutant", "spec", "stage", "defect", "shipped in", "killed by"),
+                tuple(
+                    (name, specs[name], *described.get(name, ("", "", "")), f"{len(slugs)} properties")
+                    for name, slugs in sorted(by_mutant.items())
+                ),
+            ),
+        ),
+    )
