@@ -1,4 +1,4 @@
-"""check, compare, summary, gate, report: runs, and what is made of them."""
+"""check, compare, summary, gate, kills, report: runs, and what is made of them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def add_to(app: typer.Typer) -> None:
     """Register the commands."""
     to_pytest = {"allow_extra_args": True, "ignore_unknown_options": True}
     app.command(context_settings=to_pytest)(check)
+    app.command(context_settings=to_pytest)(kills)
     for command in (compare, summary, gate, report):
         app.command()(command)
 
@@ -71,6 +72,19 @@ def gate(
     else:
         show([tables.judged(verdict)], form)
     raise typer.Exit(verdict.code)
+
+
+def kills(
+    context: typer.Context,
+    output: Annotated[Path, typer.Option(help="Folder for the table.")] = Path("results"),
+) -> None:
+    """Run every property on every mutant, and write the kill matrix (10 minutes with -n 2).
+
+    Takes pytest's arguments, such as -n 2, -k NAME.
+    """
+    from harness.cli.reporting import kill
+
+    raise typer.Exit(kill(output, context.args))
 
 
 def report(

@@ -222,6 +222,24 @@ def rope_scaling_ignored(model: ReferenceModel) -> None:
         rotary.frequencies, _ = frequencies(plain, rotary.dim, model.architecture.max_positions)
 
 
+@patched(stage="rotate", spec="deepseek-v3", applies=_scaled_rope)
+def rope_trained_context_is_the_whole(model: ReferenceModel) -> None:
+    """Frequencies are stretched as if the whole context had been trained."""
+    rope, whole_context = model.architecture.attention.rope, model.architecture.max_positions
+    assert rope is not None
+    assert rope.scaling is not None
+    scaling = rope.scaling.model_copy(update={"original_max_positions": whole_context})
+    for rotary in rotaries(model):
+        other = rope.model_copy(update={"scaling": scaling})
+        rotary.frequencies, _ = frequencies(other, rotary.dim, whole_context)
+
+
+@mutant(rotaries, "angles", stage="rotate", origin="torchtitan#2575", applies=_rope)
+def rope_positions_in_bfloat16(_: Any, angles: Method) -> Method:
+    """Positions are cast to bfloat16, which knows every whole number up to 256."""
+    return lambda positions: angles(positions.to(torch.bfloat16).to(torch.float64))
+
+
 @patched(stage="rotate", origin="exllamav3#259", spec="gpt-oss-20b", applies=_yarn)
 def rope_mscale_ignored(model: ReferenceModel) -> None:
     """Yarn's factor is lost."""

@@ -111,6 +111,13 @@ def cache_shared_between_calls(_: Any, extend: Method) -> Method:
     return changed
 
 
+@mutant(whole, "extend", stage="compute", spec="deepseek-v3", applies=lambda a: a.attention.mla is not None)
+def latent_decode_recomputes_the_past(model: Any, extend: Method) -> Method:
+    """Each step of latent attention computes the whole prefix again."""
+    changed: Method = decode_recomputes_the_past(model, extend)
+    return changed
+
+
 @mutant(whole, "extend", stage="compute", applies=anywhere)
 def decode_recomputes_the_past(model: Any, extend: Method) -> Method:
     """Each step computes the whole prefix again."""

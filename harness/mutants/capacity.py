@@ -5,8 +5,6 @@ Letters: T tokens, K top-k.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,26 +39,15 @@ def padding_takes_places(_: Any, drop: Method) -> Method:
 @mutant(routers, "drop", stage="drop", origin="DeepSpeed#1827")
 def capacity_rounded_down(router: Any, drop: Method) -> Method:
     """Capacity is rounded down, to none for few tokens."""
-    return _limited(router, drop, lambda slots, factor: int(slots * factor / router.n_experts))
-
-
-@mutant(routers, "drop", stage="drop", spec="olmoe-1b-7b")
-def capacity_in_floats(router: Any, drop: Method) -> Method:
-    """Capacity is a product of floats: 10 slots and 10% are 11.000000000000002, rounded up to 12."""
-    return _limited(router, drop, lambda slots, factor: math.ceil(slots / router.n_experts * factor))
-
-
-def _limited(router: Any, drop: Method, limit: Callable[[int, float], int]) -> Method:
-    """A drop by position, with limit(T K, capacity factor) places of an expert."""
 
     def changed(selected: Tensor, weights: Tensor, real: Tensor) -> Any:
-        factor = router.router.capacity_factor
-        if factor is None:
+        if router.router.capacity_factor is None:
             return drop(selected, weights, real)
+        limit = int(real.sum() * router.top_k * router.router.capacity_factor / router.n_experts)
         hot = torch.zeros(len(selected), router.n_experts, dtype=torch.int64)
         hot = hot.scatter(-1, selected, 1) * real[:, None]
         place = (hot.cumsum(0) - 1).gather(-1, selected)
-        kept = (place < limit(int(real.sum()) * router.top_k, factor)) & real[:, None]
+        kept = (place < limit) & real[:, None]
         return selected.where(kept, -1), weights.where(kept, 0)
 
     return changed

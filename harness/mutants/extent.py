@@ -96,6 +96,17 @@ def token_0_is_padding(_: Any, embed: Method) -> Method:
     return lambda tokens, positions: embed(tokens, positions) * (tokens != 0)[..., None]
 
 
+@mutant(whole, "embed", stage="gradient", applies=anywhere)
+def token_0_learns_nothing(_: Any, embed: Method) -> Method:
+    """The embedding of token 0 gets no gradient, as if it were padding."""
+
+    def changed(tokens: Tensor, positions: Tensor) -> Tensor:
+        x: Tensor = embed(tokens, positions)
+        return torch.where((tokens == 0)[..., None], x.detach(), x)
+
+    return changed
+
+
 @mutant(whole, "embed", stage="project", applies=anywhere)
 def last_token_id_unknown(model: Any, embed: Method) -> Method:
     """The last id of the vocabulary is taken for the one before it."""

@@ -135,6 +135,26 @@ def losses_accumulate(_: Any, auxiliary_loss: Method) -> Method:
     return changed
 
 
+@mutant(whole, "auxiliary_loss", stage="loss", applies=_has_balance)
+def balance_counts_what_is_kept(model: Any, _: Method) -> Method:
+    """A dropped slot does not count as load."""
+
+    def changed(tokens: Tensor, *, mask: Tensor | None = None) -> dict[str, Tensor]:
+        found = model.routing(tokens, mask=mask)
+        real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+        scores, indices, logits = (
+            torch.stack([getattr(trace, name) for trace in found]).view(len(found), *tokens.shape, -1)
+            for name in ("scores", "indices", "logits")
+        )
+        n_experts = scores.shape[-1]
+        # An expert more, with a score of 0, takes what was dropped; E is a factor of every convention.
+        wider = torch.cat([scores, torch.zeros_like(scores[..., :1])], dim=-1)
+        value = model.balance_loss(wider, indices.where(indices >= 0, n_experts), real)
+        return {"z": model.z_loss(logits, real), "balance": value * n_experts / (n_experts + 1)}
+
+    return changed
+
+
 @mutant(whole, "z_loss", stage="loss", origin="st-moe-pytorch cfa0e51", spec="olmoe-1b-7b")
 def z_not_squared(_: Any, __: Method) -> Method:
     """The z-loss is not squared."""

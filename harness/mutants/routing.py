@@ -90,6 +90,23 @@ def scores_in_bfloat16(_: Any, score: Method) -> Method:
     return lambda logits: _rounded(score(logits))
 
 
+@mutant(routers, "score", stage="score", origin="Megatron-LM#2765", spec="deepseek-v3")
+def scores_in_model_dtype(router: Any, score: Method) -> Method:
+    """Scores are computed in the model's dtype, whatever the router's is."""
+    return lambda logits: score(logits.to(router.weight.dtype)).to(logits.dtype)
+
+
+@mutant(routers, "select", stage="select", origin="sglang-jax#698", spec="olmoe-1b-7b")
+def selection_in_model_dtype(router: Any, select: Method) -> Method:
+    """Top-k of scores in the model's dtype, whatever the router's is."""
+
+    def changed(scores: Tensor, logits: Tensor) -> Any:
+        narrow = router.weight.dtype
+        return select(scores.to(narrow).to(scores.dtype), logits.to(narrow).to(logits.dtype))
+
+    return changed
+
+
 @mutant(routers, "score", stage="score", origin="transformers#45120", spec="olmoe-1b-7b", applies=BEFORE)
 def double_softmax(_: Any, score: Method) -> Method:
     """The score function is applied twice."""

@@ -108,8 +108,9 @@ class Controller:
 
         terminalreporter.section("conformance")
         width = room(is_terminal=bool(terminalreporter.isatty))
-        terminalreporter.write_line(render(tables.matrix(self._records), width=width))
-        terminalreporter.write_line("")
+        if not terminalreporter.config.getoption("no_summary"):
+            terminalreporter.write_line(render(tables.matrix(self._records), width=width))
+            terminalreporter.write_line("")
         terminalreporter.write_line(tables.counts(self._records))
         if self._verdict is None:
             terminalreporter.write_line("The run did not end of its own accord: this is not a result.")

@@ -12,33 +12,48 @@ COMMAND = "moe-harness kills"
 PREFIX = "mutant:"
 
 
-def page(run: Run, described: Mapping[str, tuple[str, str, str]]) -> Page:
-    """The matrix both ways; `described`: mutant -> stage, defect, origin.
+Matrix = Mapping[str, list[str]]
+
+
+def matrix(run: Run) -> tuple[Matrix, Matrix]:
+    """Property -> the mutants that it kills, and mutant -> the properties that kill it.
 
     A kill is a counterexample: a property that crashed on a mutant has not killed it.
     """
     by_property: dict[str, list[str]] = {}
     by_mutant: dict[str, list[str]] = {}
-    specs: dict[str, str] = {}
     for record in run.records:
-        if not record.implementation.startswith(PREFIX):
-            continue
-        mutant = record.implementation.removeprefix(PREFIX).partition("@")[0]
-        specs[mutant] = record.spec
-        kills, killed = by_property.setdefault(record.slug, []), by_mutant.setdefault(mutant, [])
-        if record.outcome == "failed" and not record.reason.startswith(("crashed", "timed out")):
-            kills.append(mutant)
-            killed.append(record.slug)
-    survivors = sum(not slugs for slugs in by_mutant.values())
+        if record.implementation.startswith(PREFIX):
+            mutant = record.implementation.removeprefix(PREFIX)
+            kills, killed = by_property.setdefault(record.slug, []), by_mutant.setdefault(mutant, [])
+            if record.outcome == "failed" and not record.reason.startswith(("crashed", "timed out")):
+                kills.append(mutant)
+                killed.append(record.slug)
+    return by_property, by_mutant
+
+
+def survivors(run: Run) -> list[str]:
+    """The mutants that no property kills."""
+    return sorted(name for name, slugs in matrix(run)[1].items() if not slugs)
+
+
+def page(run: Run, described: Mapping[str, tuple[str, str, str]]) -> Page:
+    """The matrix both ways; `described`: mutant -> stage, defect, origin."""
+    by_property, by_mutant = matrix(run)
+    specs = {record.implementation.removeprefix(PREFIX): record.spec for record in run.records}
+    left = len(survivors(run))
     return Page(
         "kill-matrix.md",
         "Kill matrix",
         COMMAND,
         (
             Table(
-                f"{len(by_property)} properties on {len(by_mutant)} mutants, {survivors} of which survive",
+                f"{len(by_property)} properties on {len(by_mutant)} mutants, {left} of which survive",
                 ("property", "kills", "mutants"),
-                tuple((slug, len(names), ", ".join(sorted(names))) for slug, names in sorted(by_property.items())),
+                tuple(
+                    (slug, len(names), ", ".join(sorted(names)))
+                    for slug, names in sorted(by_property.items())
+                ),
             ),
             Table(
                 "Mutants: the reference with one defect",

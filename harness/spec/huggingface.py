@@ -121,13 +121,20 @@ def _imported(config: Mapping[str, Any], name: str) -> Imported:
         for key, why in UNMODELLED.items():
             if config.get(key) is not None:
                 right = "only models without it can be imported"
-                if isinstance(config.get("text_config"), Mapping):
+                if _is_importable(config.get("text_config")):
                     right = "save its text_config as a file and import that, if that part is meant"
                 raise ConfigError(key, f"a spec cannot express {why}", right)
         family = _family(config)
         return _built(family, config)
     except ConfigError as error:
         raise ConfigError(error.field, error.wrong, error.right, file=name) from None
+
+
+def _is_importable(part: Any) -> bool:
+    try:
+        return isinstance(part, Mapping) and bool(_imported(part, ""))
+    except SpecError:
+        return False
 
 
 def _family(config: Mapping[str, Any]) -> Family:

@@ -56,7 +56,7 @@ def describe(subject: Spec | Architecture, *, context: int = 2048, batch: int = 
     flops.forward_per_token.{full,causal,decode} and flops.forward_per_token_by_component: means over a
       prefill of S tokens, and one decode step at S (latent attention: also decode_{recomputed,absorbed});
     flops.forward_pass.{full,causal}: all B x S tokens; flops.training.CONVENTION if the spec gives tokens;
-    bytes.weights, bytes.kv_cache_per_token, bytes.kv_cache (B sequences of S tokens);
+    bytes.weights, bytes.kv_cache_per_token, bytes.kv_cache (B sequences of S tokens), all elements in dtype;
     published: parameter counts that sources print, with the conventions that reproduce them.
     For a spec with unknowns instead of all these:
     unknowns: path, domain and reason of each;
@@ -69,7 +69,7 @@ def describe(subject: Spec | Architecture, *, context: int = 2048, batch: int = 
             raise ValueError(f"{name} is {value}; give a whole number of at least 1")
     facts: dict[str, Any] = {"name": "", "context": context, "batch": batch}
     if isinstance(subject, Architecture):
-        facts |= _counts(subject, context, batch)
+        facts |= {"dtype": subject.dtype} | _counts(subject, context, batch)
         return Description("", facts)
     facts |= {"name": subject.name, "title": subject.title, "digest": subject.digest}
     if subject.unknowns:
@@ -78,7 +78,7 @@ def describe(subject: Spec | Architecture, *, context: int = 2048, batch: int = 
             "bounds": _bounds(subject, context, batch),
         }
         return Description(subject.name, facts)
-    facts |= _counts(subject.architecture, context, batch)
+    facts |= {"dtype": subject.architecture.dtype} | _counts(subject.architecture, context, batch)
     facts["published"] = list(_published(subject))
     if not isinstance(subject.training.get("tokens", []), list):  # a list holds values to try: none is known
         facts["flops"]["training"] = _training(subject, context)
@@ -253,7 +253,7 @@ def _tables(facts: Mapping[str, Any]) -> Iterator[Table]:
         "Bytes",
         ("what", "bytes"),
         (
-            ("weights", facts["bytes"]["weights"]),
+            (f"weights, all of them in {facts['dtype']}", facts["bytes"]["weights"]),
             ("KV cache, one token", facts["bytes"]["kv_cache_per_token"]),
             (f"KV cache, {facts['batch']:,} x {facts['context']:,} tokens", facts["bytes"]["kv_cache"]),
         ),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import get_args
 
 import torch
 
@@ -203,3 +204,32 @@ def test_decode_flops_equal_theory(case: Case) -> None:
     expected = flops.forward_total(case.shape, batch, 1, cached=past)
     case.note("flops", counted)
     require(counted == expected, f"{counted} FLOP in place of {expected} ({counted - expected:+d})")
+
+
+@conformance(
+    "compute.decode-flops-stay-in-bounds",
+    clause="architecture.attention",
+    needs=("cache",),
+    kills=("decode-recomputes-the-past", "latent-decode-recomputes-the-past"),
+    applies=dropless,
+)
+def test_decode_flops_stay_in_bounds(case: Case) -> None:
+    """However a latent or a window layer's cache is kept, one more token costs no more than theory's dearest
+    way, and no less than its cheapest."""
+    model = case.model()
+    batch, past = 2, 23
+    tokens, last = case.tokens(batch, past), case.tokens(batch, 1)
+    with torch.no_grad():
+        _, cache = model.extend(tokens, None)
+    counted = counted_flops(partial(model.extend, last, cache))
+    costs = [
+        flops.forward_total(case.shape, batch, 1, cached=past, attention=pairs, mla=mla)
+        for pairs in get_args(flops.Pairs)
+        for mla in get_args(flops.LatentAttention)
+    ]
+    case.note("flops", counted)
+    require(
+        min(costs) <= counted <= max(costs),
+        f"{counted} FLOP, where {min(costs)} to {max(costs)} are needed",
+        stage="compute",
+    )

@@ -25,6 +25,7 @@ from harness.implementations.protocols import Unsupported
         "softmax-of-the-selected",
         "shared-gate-learns-nothing",
         "gradients-accumulate",
+        "token-0-learns-nothing",
     ),
     applies=has_experts,
 )

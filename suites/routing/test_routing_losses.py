@@ -53,13 +53,14 @@ def loss_of(model: Any, kind: str, tokens: Tensor, mask: Tensor | None = None) -
     return value.reshape(())
 
 
-def settled(case: Case, model: Any, weights: Mapping[str, Tensor]) -> Ragged:
+def settled(
+    case: Case, model: Any, weights: Mapping[str, Tensor], architecture: Architecture | None = None
+) -> Ragged:
     """A ragged batch of which rounding can change no token's experts; Void if ten draws give none."""
     for _ in range(10):
         batch = ragged(case)
-        if bool(
-            margin(case, model, batch.tokens, mask=batch.mask, weights=weights).comparable[batch.mask].all()
-        ):
+        bound = margin(case, model, batch.tokens, mask=batch.mask, architecture=architecture, weights=weights)
+        if bool(bound.comparable[batch.mask].all()):
             return batch
     raise Void("ten batches in a row have a token whose experts rounding may change")
 
@@ -104,9 +105,28 @@ def check_value(case: Case, kind: str) -> None:
             value, spread.centre, float(spread.radius(inner=inner)), what=f"{kind} loss, {label} batch"
         )
         case.note(f"{label}_share_of_tolerance", round(used, 4))
+    _check_crowded(case, kind, model)
     moe = moe_of(architecture)
     found = traces(model, batch.tokens, mask=batch.mask, architecture=architecture)
     case.note("load", balance.metrics([t.indices for t in found], moe.n_experts, batch.mask))
+
+
+def _check_crowded(case: Case, kind: str, roomy: Any) -> None:
+    """Raise Violation unless a capacity changes the loss only by what it drops in the layers before: the
+    choice counts, not what found a place (arXiv 2101.03961, eq. 5)."""
+    architecture = case.twin(moe__router__capacity_factor=0.5)
+    weights = case.weights(architecture)
+    batch = settled(case, roomy, weights, architecture)
+    try:
+        model = case.model(architecture, weights)
+    except Unsupported:
+        case.note("not_expressible", ["capacity"])
+        return
+    spread = spread_of(case, case.reference(architecture, weights), batch, kind)["value"]
+    with torch.no_grad():
+        value = loss_of(model, kind, batch.tokens, batch.mask)
+    radius = float(spread.radius(inner=longest_product(architecture)))
+    agree(value, spread.centre, radius, what=f"{kind} loss under a capacity")
 
 
 @conformance(
@@ -123,6 +143,7 @@ def check_value(case: Case, kind: str) -> None:
         "balance-scrambles-tokens",
         "balance-grows-with-the-batch",
         "balance-first-choice-only",
+        "balance-counts-what-is-kept",
     ),
     applies=has_balance,
 )

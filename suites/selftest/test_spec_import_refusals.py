@@ -160,6 +160,14 @@ def test_a_missing_file_a_directory_and_bytes_are_refused(tmp_path: Path) -> Non
         import_config(tmp_path / "config.json")
 
 
+def test_the_text_model_inside_is_suggested_only_if_it_can_be_imported() -> None:
+    """A model around a text model is refused, and the way around that is named where there is one."""
+    for text_config, advised in ((tiny("llama"), True), ({"model_type": "llama4_text"}, False), (3, False)):
+        with pytest.raises(SpecError) as error:
+            from_config({"model_type": "seer", "vision_config": {"depth": 1}, "text_config": text_config})
+        assert ("save its text_config" in str(error.value)) is advised
+
+
 def test_an_unknown_key_is_refused_with_a_suggestion() -> None:
     """A misspelt key is not passed over."""
     with pytest.raises(SpecError, match=r'attention_biass: .*did you mean "attention_bias"\?'):

@@ -168,6 +168,13 @@ def test_no_bounds_without_monotony(tmp_path: Path) -> None:
     assert describe(load(path)).as_dict()["bounds"] == {}
 
 
+def test_bytes_are_said_to_be_of_one_dtype() -> None:
+    """Weights that are stored quantised are counted in the dtype before that, and the row says which."""
+    found = describe(load("gpt-oss-20b"))
+    assert found.facts["dtype"] == "bfloat16"
+    assert any("weights, all of them in bfloat16" in row for row in found.tables()[-1].rows)
+
+
 @pytest.mark.parametrize("given", [{"context": 0}, {"batch": -1}])
 def test_impossible_sizes_are_refused(given: dict[str, int]) -> None:
     """A context or batch below one is refused by name."""
