@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +21,17 @@ def test_a_committed_page_is_up_to_date(make: Callable[[], report.Page]) -> None
     page = make()
     committed = ROOT / "results" / page.file
     assert committed.read_text(encoding="utf-8") == page.text()
+
+
+def test_the_report_runs_and_gives_what_is_committed(tmp_path: Path) -> None:
+    """`moe-harness report` finds nothing wrong, and every page that it writes is the committed one."""
+    command = [sys.executable, "-m", "harness", "report", "--output", str(tmp_path / "results")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    pages = sorted((tmp_path / "results").iterdir())
+    assert [page.name for page in pages] == ["audit-gpt4-leak.md", "conformance.md", "figures.md"]
+    for page in pages:
+        assert page.read_text(encoding="utf-8") == (ROOT / "results" / page.name).read_text(encoding="utf-8")
 
 
 def test_the_conformance_page_tells_everything_that_did_not_pass(tmp_path: Path) -> None:
