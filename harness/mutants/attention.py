@@ -222,6 +222,13 @@ def rope_scaling_ignored(model: ReferenceModel) -> None:
         rotary.frequencies, _ = frequencies(plain, rotary.dim, model.architecture.max_positions)
 
 
+@patched(stage="rotate", spec="llama-3.1-8b", applies=_rope)
+def rope_slowest_pair_kept(model: ReferenceModel) -> None:
+    """The pair of the lowest frequency is not rotated."""
+    for rotary in rotaries(model):
+        rotary.frequencies = [*rotary.frequencies[:-1], 0.0]
+
+
 @patched(stage="rotate", spec="deepseek-v3", applies=_scaled_rope)
 def rope_trained_context_is_the_whole(model: ReferenceModel) -> None:
     """Frequencies are stretched as if the whole context had been trained."""

@@ -74,7 +74,8 @@ def figures() -> Page:
                     "active per token",
                     "forward GFLOP per token, full attention",
                     "causal attention",
-                    "weight bytes",
+                    "dtype",
+                    "weight bytes, all in that dtype",
                     "KV cache bytes per token",
                 ),
                 tuple(_counted(spec, found) for spec, found in described),
@@ -113,6 +114,7 @@ def _counted(spec: Spec, found: Description) -> tuple[object, ...]:
         facts["parameters"]["active"]["all"],
         f"{flops['full'] / 1e9:.3f}",
         f"{flops['causal'] / 1e9:.3f}",
+        spec.architecture.dtype,
         facts["bytes"]["weights"],
         facts["bytes"]["kv_cache_per_token"],
     )
