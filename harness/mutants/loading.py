@@ -29,6 +29,17 @@ def loads_what_it_finds(model: Any, load: Method) -> Method:
     return changed
 
 
+@mutant(whole, "load_weights", stage="param", applies=anywhere)
+def one_row_for_all(model: Any, load: Method) -> Method:
+    """A tensor of one row is copied into every row."""
+
+    def changed(values: Any) -> None:
+        own = model.parameters_by_name()
+        load({n: x.expand_as(own[n]) if n in own and x.shape[:1] == (1,) else x for n, x in values.items()})
+
+    return changed
+
+
 def _fits(value: Tensor | None, own: Tensor) -> bool:
     return value is not None and value.shape == own.shape
 

@@ -112,6 +112,8 @@ class Controller:
             terminalreporter.write_line(render(tables.matrix(self._records), width=width))
             terminalreporter.write_line("")
         terminalreporter.write_line(tables.counts(self._records))
+        for sentence in tables.left_out(self._records):
+            terminalreporter.write_line(sentence)
         if self._verdict is None:
             terminalreporter.write_line("The run did not end of its own accord: this is not a result.")
         else:

@@ -59,6 +59,13 @@ def counts(records: Sequence[Record]) -> str:
     return ", ".join(f"{n} {outcome}" for outcome, n in count(records).items() if n) or "nothing was run"
 
 
+def left_out(records: Sequence[Record]) -> tuple[str, ...]:
+    """One sentence for each implementation in its own shape, which most properties do not apply to."""
+    own = sorted({r.implementation for r in records if r.spec_digest is None})
+    why = "in its own shape it was not compared with a spec or the reference; --spec does that"
+    return tuple(f"{implementation}: {why}" for implementation in own)
+
+
 def judged(verdict: Verdict) -> Table:
     """What the gate says: one row for each property that decided it, or that the baseline names in vain."""
     headers = ("outcome", "property", "implementation", "spec", "reason")

@@ -68,8 +68,9 @@ def test_any_split_equals_one_pass(case: Case) -> None:
     window = None if case.architecture is None else case.architecture.attention.window
     lengths = (16,) if window is None else (16, window - 1, window, window + 1)
     batches = [case.tokens(2, length) for length in lengths]
-    # One sequence; and one beyond the usual blocks of 16, 32 and 64 tokens.
-    batches += [case.tokens(1, 16), case.tokens(1, 70)]
+    # One sequence; and some beyond the usual blocks of 16, 32 and 64 tokens, of which rounding seldom makes
+    # all go to other experts on the way.
+    batches += [case.tokens(1, 16), case.tokens(4, 70)]
     for tokens in batches:
         bound = margin(case, model, tokens)
         note_share(case, bound.comparable)

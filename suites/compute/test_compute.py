@@ -214,8 +214,7 @@ def test_decode_flops_equal_theory(case: Case) -> None:
     applies=dropless,
 )
 def test_decode_flops_stay_in_bounds(case: Case) -> None:
-    """However a latent or a window layer's cache is kept, one more token costs no more than theory's dearest
-    way, and no less than its cheapest."""
+    """However a cache is kept, one more token costs what theory's cheapest to dearest ways cost."""
     model = case.model()
     batch, past = 2, 23
     tokens, last = case.tokens(batch, past), case.tokens(batch, 1)

@@ -78,7 +78,7 @@ def test_twin_has_the_specified_shapes(case: Case) -> None:
     "parameters.loading-is-strict",
     clause="architecture",
     needs=("weights",),
-    kills=("loads-what-it-finds",),
+    kills=("loads-what-it-finds", "one-row-for-all"),
     applies=has_architecture,
 )
 def test_loading_is_strict(case: Case) -> None:
@@ -91,6 +91,8 @@ def test_loading_is_strict(case: Case) -> None:
         value = weights[name]
         misshapen = torch.cat([value, value[:1]])
         _refuses(model, weights | {name: misshapen}, f"{name} of shape {tuple(misshapen.shape)}")
+        # One row could be copied into all of them without an error.
+        _refuses(model, weights | {name: value[:1]}, f"{name} of shape {tuple(value[:1].shape)}")
         if value.dim() == 2 and value.shape[0] != value.shape[1]:
             _refuses(model, weights | {name: value.T.contiguous()}, f"{name} transposed")
     _refuses(model, weights | {"layers.0.surplus.weight": weights["embedding.weight"]}, "an unknown tensor")

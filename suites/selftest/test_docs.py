@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!\w+://)([^)#]*)(#([^)]*))?\)")
 MADE_BY_MAKE = ("make report", "make test", "git clone", "pip install")
 """Run on a fresh clone, or by this very run: not again inside of it."""
 
@@ -93,6 +94,17 @@ def test_no_document_shows_a_make_target_that_does_not_exist() -> None:
         for target in re.findall(r"^\$ make (\w+)", document.read_text(), re.MULTILINE)
     }
     assert shown <= targets
+
+
+@pytest.mark.parametrize("document", sorted(path.name for path in ROOT.glob("*.md")))
+def test_every_link_leads_somewhere(document: str) -> None:
+    """What a document links to in the repository is there, and so is the heading that it names."""
+    for target, _, heading in LINK.findall((ROOT / document).read_text()):
+        where = ROOT / (target or document)
+        assert where.exists(), f"{document} links to {target}"
+        titles = re.findall(r"^#+ (.+)$", where.read_text(), re.MULTILINE) if heading else []
+        slugs = {re.sub(r"[^\w-]", "", title.lower().replace(" ", "-")) for title in titles}
+        assert not heading or heading in slugs, f"{document} links to {target}#{heading}"
 
 
 def cells(line: str) -> tuple[str, ...]:

@@ -113,6 +113,14 @@ def test_a_canary_that_lives_voids_the_run(pytester: pytest.Pytester) -> None:
         result.stdout.fnmatch_lines(["the canary was not caught (it passed)*"])
 
 
+def test_a_run_without_a_spec_says_what_it_left_out(pytester: pytest.Pytester) -> None:
+    """Passing in a shape of its own does not read like agreeing with the reference."""
+    result, _ = run(pytester, "--impl", ODD + "good")
+    result.stdout.fnmatch_lines([f"{ODD}good: in its own shape it was not compared with*"])
+    result, _ = run(pytester, "--impl", ODD + "good@dbrx")
+    result.stdout.no_fnmatch_line("*in its own shape*")
+
+
 def test_other_tests_are_left_alone(pytester: pytest.Pytester) -> None:
     """Tests without the mark pass and fail as ever, and their failure is not lost in a run that conforms."""
     plain = "\ndef test_plain():\n    assert 1 == 2\n"
