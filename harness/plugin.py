@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from harness._resources import suites_dir
-from harness.results.controller import PLAN, Controller, asked_for
+from harness.results.controller import OVERHEAD, PLAN, Controller, asked_for
 
 if TYPE_CHECKING:
     from harness.conformance.case import Case
@@ -112,7 +112,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     state = config.stash[STATE]
     if asked_for(config):
         _prepare(config, state)
-    if config.getoption("telemetry"):
+    if config.getoption("telemetry") and not config.pluginmanager.hasplugin("dsession"):  # workers do it
         from harness.telemetry import Sampler
 
         state.sampler = state.resources.enter_context(Sampler())
@@ -242,12 +242,16 @@ def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Stop what observes the run; under pytest-xdist, tell the controlling process what was planned."""
+    """Stop what observes the run; tell the controlling process what that cost, and what was planned."""
     state = session.config.stash[STATE]
+    overhead = state.sampler.overhead() if state.sampler is not None else None
     state.resources.close()
     output = getattr(session.config, "workeroutput", None)
+    controller = session.config.pluginmanager.get_plugin(CONTROLLER)
     if output is not None:
-        output[PLAN] = state.plan
+        output |= {PLAN: state.plan, OVERHEAD: overhead}
+    elif overhead is not None and isinstance(controller, Controller):
+        controller.overheads.append(overhead)
 
 
 def _prepare(config: pytest.Config, state: State) -> None:

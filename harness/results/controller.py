@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 PLAN = "harness_plan"
 """Under pytest-xdist, the key of a worker's output: test id -> record of a property that has not run."""
+OVERHEAD = "harness_overhead"
+"""As above: what sampling the machine cost the worker, or None."""
 PHASES = ("setup", "call", "teardown")
 EXPLICIT = ("impl", "spec", "run_file", "baseline", "write_baseline")
 
@@ -34,6 +36,8 @@ class Controller:
         self._canary: Canary | None = None
         self._dead: list[str] = []
         self._plan: dict[str, str] = {}
+        self.overheads: list[dict[str, float]] = []
+        """What telemetry cost, one entry for each process that sampled."""
         self._failed = 0
         self._asked = asked_for(config)
         self._verdict: Verdict | None = None
@@ -80,8 +84,11 @@ class Controller:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        """Take over what a worker of pytest-xdist had planned."""
-        self._plan |= getattr(node, "workeroutput", {}).get(PLAN, {})
+        """Take over what a worker of pytest-xdist had planned, and what it spent on telemetry."""
+        output = getattr(node, "workeroutput", {})
+        self._plan |= output.get(PLAN, {})
+        if output.get(OVERHEAD):
+            self.overheads.append(output[OVERHEAD])
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
@@ -114,6 +121,9 @@ class Controller:
         terminalreporter.write_line(tables.counts(self._records))
         for sentence in tables.left_out(self._records):
             terminalreporter.write_line(sentence)
+        for cost in self.overheads:
+            share = f"{cost['sampling_s']:.3f} s, {cost['share_of_wall']:.2%} of the run"
+            terminalreporter.write_line(f"telemetry: {cost['samples']:.0f} samples took {share}")
         if self._verdict is None:
             terminalreporter.write_line("The run did not end of its own accord: this is not a result.")
         else:

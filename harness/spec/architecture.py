@@ -40,7 +40,7 @@ class Norm(Model):
     @model_validator(mode="after")
     def _bias_needs_layernorm(self) -> Self:
         if self.bias and self.kind == "rmsnorm":
-            raise ValueError("an RMSNorm has no bias; say kind = \"layernorm\"")
+            raise ValueError('an RMSNorm has no bias; say kind = "layernorm"')
         return self
 
 
@@ -146,7 +146,7 @@ class FeedForward(Model):
     @model_validator(mode="after")
     def _clamp_fits(self) -> Self:
         if (self.clamp is not None) != (self.activation == "clamped_swiglu"):
-            raise ValueError("clamp belongs to activation = \"clamped_swiglu\", and to it alone")
+            raise ValueError('clamp belongs to activation = "clamped_swiglu", and to it alone')
         if self.activation == "clamped_swiglu" and not self.gated:
             raise ValueError("clamped_swiglu needs gated = true")
         return self
@@ -180,7 +180,7 @@ class Router(Model):
         if self.topk_groups > self.n_groups:
             raise ValueError(f"topk_groups {self.topk_groups} exceeds n_groups {self.n_groups}")
         if self.order == "after_topk" and (self.score != "softmax" or self.n_groups > 1):
-            raise ValueError("order = \"after_topk\" is defined for softmax without groups")
+            raise ValueError('order = "after_topk" is defined for softmax without groups')
         return self
 
 
@@ -255,7 +255,7 @@ class Architecture(Model):
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         if (self.positions == "rope") != (self.attention.rope is not None):
-            raise ValueError("attention.rope must be given if, and only if, positions = \"rope\"")
+            raise ValueError('attention.rope must be given if, and only if, positions = "rope"')
         dense = [i for i in range(self.n_layers) if not self.is_moe_layer(i)]
         if dense and self.ffn is None:
             raise ValueError(f"layer {dense[0]} is dense, but there is no [architecture.ffn]")

@@ -27,9 +27,7 @@ class HostSample:
     def since(self, start: HostSample) -> dict[str, Reading]:
         """What was spent after `start`. The peak is the process's own: it never falls."""
         return {
-            "cpu_s": Reading(
-                self.cpu_user_s + self.cpu_system_s - start.cpu_user_s - start.cpu_system_s
-            ),
+            "cpu_s": Reading(self.cpu_user_s + self.cpu_system_s - start.cpu_user_s - start.cpu_system_s),
             "peak_rss_bytes": Reading(float(self.peak_rss_bytes)),
             "peak_rss_growth_bytes": Reading(float(self.peak_rss_bytes - start.peak_rss_bytes)),
             "minor_faults": Reading(float(self.minor_faults - start.minor_faults)),

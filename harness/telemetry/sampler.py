@@ -83,7 +83,7 @@ class Sampler:
     def span(self, label: str) -> Iterator[Span]:
         """Attribute everything sampled in this block to `label`."""
         self._take()
-        before = host.sample()
+        before = self._host()
         span = Span(label, time.monotonic())
         try:
             yield span
@@ -92,7 +92,7 @@ class Sampler:
             end = time.monotonic()
             span.summary = {
                 "wall_s": end - span.start,
-                "host": as_json(host.sample().since(before)),
+                "host": as_json(self._host().since(before)),
                 "devices": self._devices(span.start, end),
             }
 
@@ -119,6 +119,14 @@ class Sampler:
     def _run(self) -> None:
         while not self._stop.wait(self._interval):
             self._take()
+
+    def _host(self) -> host.HostSample:
+        begin = time.perf_counter()
+        sample = host.sample()
+        with self._lock:
+            self._samples += 1
+            self._sampling_s += time.perf_counter() - begin
+        return sample
 
     def _take(self) -> None:
         with self._lock:

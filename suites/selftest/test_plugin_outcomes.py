@@ -191,11 +191,12 @@ def test_facts_reach_junit(pytester: pytest.Pytester) -> None:
 
 
 def test_telemetry_is_attributed_to_each_property(pytester: pytest.Pytester) -> None:
-    """With --telemetry each record tells its wall time and host time, and devices or why there are none."""
-    _, records = run(pytester, "--impl", ODD + "good", "--telemetry")
+    """With --telemetry each record tells its time and its devices, and the run what sampling cost."""
+    result, records = run(pytester, "--impl", ODD + "good", "--telemetry")
     telemetry = records["stub.shape"]["telemetry"]
     assert telemetry["wall_s"] >= 0
     assert telemetry["devices"]
+    result.stdout.re_match_lines([r"telemetry: [1-9]\d* samples took \d\.\d+ s, \d+\.\d+% of the run"])
 
 
 def test_the_same_input_reaches_every_implementation(pytester: pytest.Pytester) -> None:
