@@ -13,7 +13,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,8 @@ class LikeModel:
     capabilities: frozenset[Capability]
     sites: tuple[trace.Site, ...] = ()
     weight_map: WeightMap | None = None
+    copies_caches: ClassVar[bool] = True
+    """That a cache survives its use is the adapter's doing, so no property gives the module credit for it."""
 
     def parameters(self) -> Mapping[str, Tensor]:
         """Every learned tensor once, and the buffers that training updates."""

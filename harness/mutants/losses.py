@@ -22,10 +22,6 @@ def _has_balance(architecture: Architecture) -> bool:
     return architecture.moe is not None and architecture.auxiliary_loss.balance != "none"
 
 
-def _pooled(architecture: Architecture) -> bool:
-    return _has_balance(architecture) and architecture.auxiliary_loss.balance != "sequence"
-
-
 def _softmax(architecture: Architecture) -> bool:
     return (
         _has_balance(architecture)
