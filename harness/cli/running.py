@@ -78,7 +78,7 @@ def kills(
     context: typer.Context,
     output: Annotated[Path, typer.Option(help="Folder for the table.")] = Path("results"),
 ) -> None:
-    """Run every property on every mutant, and write the kill matrix (10 minutes with -n 2).
+    """Run every property on every mutant, and write the kill matrix (20 minutes with -n 2).
 
     Takes pytest's arguments, such as -n 2, -k NAME.
     """
