@@ -16,9 +16,23 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from harness.reference.engine import Arrival, Completion, Limits, Request, Served, Speculation
 from harness.spec.architecture import Architecture
 
-Capability = Literal["parameters", "forward", "routing", "cache", "gradients", "weights", "auxiliary_loss"]
+Capability = Literal[
+    "parameters",
+    "forward",
+    "routing",
+    "cache",
+    "gradients",
+    "weights",
+    "auxiliary_loss",
+    "generate",
+    "enumerable",
+    "speculate",
+    "serve",
+    "limits",
+]
 
 
 class Unsupported(Exception):
@@ -132,6 +146,54 @@ class AuxiliaryLosses(Protocol):
 
     def auxiliary_loss(self, tokens: Tensor, *, mask: Tensor | None = None) -> Mapping[str, Tensor]:
         """Uncoefficiented scalars by kind: "balance" (in the architecture's convention), "z"."""
+
+
+@runtime_checkable
+class Generates(Protocol):
+    """Capability "generate". With "enumerable" every random draw of `generate` is made in this thread by
+    torch.multinomial, torch.rand or torch.rand_like, so that its law can be enumerated."""
+
+    @property
+    def settings(self) -> frozenset[str]:
+        """The fields of Sampling and Request that are honoured, by name; others must be at their default."""
+
+    def generate(
+        self, requests: Sequence[Request], *, speculation: Speculation | None = None
+    ) -> Sequence[Completion]:
+        """One completion per request, in order, decoded together as one batch.
+
+        Raises Unsupported for a setting or a speculation that is not offered.
+        """
+
+
+@runtime_checkable
+class Speculates(Protocol):
+    """Capability "speculate": `generate` and `serve` take a Speculation."""
+
+    @property
+    def methods(self) -> frozenset[str]:
+        """The values of Speculation.method that are offered."""
+
+    def load_draft(self, architecture: Architecture, weights: Mapping[str, Tensor]) -> None:
+        """Make a draft model of that architecture, with the reference's weights by canonical names."""
+
+
+class Session(Protocol):
+    """A running engine: what it keeps from one run to the next (cached prefixes) stays until it is closed."""
+
+    def run(self, arrivals: Sequence[Arrival]) -> Served:
+        """Serve them all to their end. A request that cannot be served ends with finish_reason "error"."""
+
+    def close(self) -> None:
+        """End the engine; nothing of it is used afterwards."""
+
+
+@runtime_checkable
+class Serves(Protocol):
+    """Capability "serve". With "limits" an engine of a given size can be had."""
+
+    def start(self, limits: Limits | None = None, *, speculation: Speculation | None = None) -> Session:
+        """A fresh engine; limits None is the engine's own size. Raises Unsupported as `generate` does."""
 
 
 class Implementation(Protocol):
