@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from harness.reference.engine import Arrival, Completion, Limits, Request, Served, Speculation
+from harness.reference.engine import Arrival, Completion, Limits, Request, Served, Speculation, Streamed
 from harness.spec.architecture import Architecture
 
 Capability = Literal[
@@ -186,6 +186,15 @@ class Session(Protocol):
 
     def close(self) -> None:
         """End the engine; nothing of it is used afterwards."""
+
+
+@runtime_checkable
+class Streams(Protocol):
+    """What a Session has besides, where its answers come in pieces: the serving benchmark is such a client."""
+
+    def stream(self, request: Request) -> Streamed:
+        """Send one request and wait for its end; called from many threads at once. A request that fails ends
+        with finish_reason "error"."""
 
 
 @runtime_checkable

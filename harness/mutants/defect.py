@@ -19,8 +19,10 @@ from harness.reference.layers import Norm
 from harness.spec.architecture import Architecture
 
 Method = Callable[..., Any]
-Patch = Callable[[ReferenceModel], None]
+Patch = Callable[[ReferenceUnderTest], None]
 Targets = Callable[[ReferenceModel], Iterable[Any]]
+EngineTargets = Callable[[Any], Iterable[Any]]
+"""From an Engine to those of its parts that have the defect."""
 Applies = Callable[[Architecture], bool]
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -41,10 +43,12 @@ class Mutant:
 
     name: str
     patch: Patch
-    """Puts the defect into a model that was just built."""
+    """Puts the defect into what was just built: into its model, or into every engine that it will build."""
     stage: str
     """What is wrong: param, proj, score, select, weigh, drop, combine, loss, gradient, project, rotate,
-    expand_kv, mask, scores, cache, norm, unembed, compute (more than needed) or state (left by a call)."""
+    expand_kv, mask, scores, cache, norm, unembed, compute (more than needed) or state (left by a call). Of an
+    engine: law (of the tokens drawn), greedy, stop, logprobs, seed, acceptance, counters, isolation (of requests),
+    state, settings (ignored), cache, pages, schedule or fault."""
     origin: str
     """Where a defect of this kind shipped: repository#issue or commit; empty where none is cited."""
     defect: str
@@ -81,18 +85,40 @@ def mutant(targets: Targets, method: str, **row: Any) -> Callable[[F], F]:
     """Decorate make(target, original method) -> defective method, put in its place on every target."""
 
     def decorate(make: F) -> F:
-        def patch(model: ReferenceModel) -> None:
-            for target in targets(model):
-                setattr(target, method, make(target, getattr(target, method)))
-
-        return enter(make, patch, **row)
+        return enter(make, lambda built: replace(make, targets(built.model), method), **row)
 
     return decorate
 
 
+def engine_mutant(targets: EngineTargets, method: str, **row: Any) -> Callable[[F], F]:
+    """Decorate make(part, original method) -> defective method, put in its place on every target of every
+    engine that the reference builds. It shows in any architecture, unless `applies` says otherwise."""
+
+    def decorate(make: F) -> F:
+        def patch(built: ReferenceUnderTest) -> None:
+            built.on_engine.append(lambda engine: replace(make, targets(engine), method))
+
+        return enter(make, patch, **({"applies": anywhere} | row))
+
+    return decorate
+
+
+def replace(make: Method, targets: Iterable[Any], method: str) -> None:
+    """Put make(target, original method) in the place of that method on every target."""
+    for target in targets:
+        setattr(target, method, make(target, getattr(target, method)))
+
+
 def patched(**row: Any) -> Callable[[F], F]:
     """Decorate patch(model) -> None, for a defect that is not one method."""
-    return lambda patch: enter(patch, patch, **row)
+    return lambda patch: enter(patch, lambda built: patch(built.model), **row)
+
+
+def engine_patched(**row: Any) -> Callable[[F], F]:
+    """Decorate patch(engine) -> None, for a defect of the engine that is not one method."""
+    return lambda patch: enter(
+        patch, lambda built: built.on_engine.append(patch), **({"applies": anywhere} | row)
+    )
 
 
 @dataclass(frozen=True)
@@ -114,7 +140,7 @@ class MutantImplementation:
         if architecture is not None and not self.mutant.applies(architecture):
             raise Unsupported(f"{self.name} has no place in this architecture")
         built = Reference().build(architecture, device=device, dtype=dtype, seed=seed)
-        self.mutant.patch(built.model)
+        self.mutant.patch(built)
         return built
 
 

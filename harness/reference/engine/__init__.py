@@ -12,6 +12,7 @@ from harness.reference.engine.values import (
     Sampling,
     Served,
     Speculation,
+    Streamed,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "Sampling",
     "Served",
     "Speculation",
+    "Streamed",
 ]

@@ -168,3 +168,16 @@ class Served:
     """In the order of the arrivals."""
     timeline: Sequence[Iteration] = field(default=())
     """Empty where the engine does not show it."""
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A completion as its client saw it come. Times are those of time.perf_counter, in seconds."""
+
+    completion: Completion
+    sent_at: float
+    """Just before the request was sent."""
+    chunks: tuple[tuple[float, int], ...]
+    """When each chunk came, and the tokens in it. Chunks without tokens are left out."""
+    ended_at: float
+    """When the last byte, or the error, had come."""
