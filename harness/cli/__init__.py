@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import typer
 
-from harness.cli import listing, measuring, running, specs, theory
+from harness.cli import listing, measuring, running, specs, theory, tiny
 
 DEBUG = "--debug"
 USAGE, SOFTWARE, CONFIG, INTERRUPTED, PIPE = 4, 70, 78, 130, 141
@@ -27,7 +27,7 @@ app = typer.Typer(
     help="Conformance and benchmarks for mixture-of-experts language models. "
     f"Any command takes {DEBUG}: a traceback in the place of a sentence.",
 )
-for part in (theory, specs, running, listing, measuring):
+for part in (theory, specs, running, listing, measuring, tiny):
     part.add_to(app)
 
 
@@ -79,7 +79,17 @@ def _users() -> tuple[type[Exception], ...]:
     from harness.results.runfile import RunFileError
     from harness.spec import SpecError
 
-    return (SpecError, AdapterError, BaselineError, RunFileError)
+    return (SpecError, AdapterError, BaselineError, RunFileError, *_of_loaded())
+
+
+def _of_loaded() -> Iterator[type[Exception]]:
+    """The same of modules that import torch: nothing of theirs was raised unless they are loaded."""
+    for module, name in (
+        ("harness.implementations.protocols", "Unsupported"),
+        ("harness.benchmark.workload", "WorkloadError"),
+    ):
+        if module in sys.modules:
+            yield getattr(sys.modules[module], name)
 
 
 def _say(sentence: str, code: int) -> int:

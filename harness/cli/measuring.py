@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from harness.cli import serving
 from harness.cli.printing import Format, FormatOption, show
 from harness.cli.progress import progress
 
@@ -22,8 +23,9 @@ class DType(StrEnum):
 def add_to(app: typer.Typer) -> None:
     """Register the group."""
     group = typer.Typer(rich_markup_mode=None, help="Measure speed.")
-    group.callback()(lambda: None)  # with one command alone, typer would make no group of it
     group.command()(layer)
+    group.command()(serving.serve)
+    group.command()(serving.batching)
     app.add_typer(group, name="bench")
 
 

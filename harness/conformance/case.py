@@ -45,7 +45,7 @@ class Case:
     def generator(self) -> torch.Generator:
         """A generator of its own for each call, fixed by seed, slug and the number of calls before."""
         self._draws += 1
-        return _generator(self.seed, self.slug, self._draws)
+        return seeded(self.seed, self.slug, self._draws)
 
     def drawn(self, value: Tensor) -> Tensor:
         """Enter `value` into the digest, and give it back."""
@@ -173,7 +173,7 @@ def replaced(architecture: Architecture, fields: Mapping[str, Any]) -> Architect
     return Architecture.model_validate(data)
 
 
-def _generator(*parts: object) -> torch.Generator:
+def seeded(*parts: object) -> torch.Generator:
     """A CPU generator seeded by the sha256 of `parts`: the same in every process and on every machine."""
     text = "|".join(map(str, parts))
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
@@ -182,6 +182,6 @@ def _generator(*parts: object) -> torch.Generator:
 
 @lru_cache(maxsize=64)
 def _weights(architecture: Architecture, seed: int, std: float) -> dict[str, Tensor]:
-    generator = _generator(seed, "weights", architecture.model_dump_json(), std)
+    generator = seeded(seed, "weights", architecture.model_dump_json(), std)
     drawn = reference_weights.draw(architecture, generator, std=std)
     return {name: value.float().double() for name, value in drawn.items()}

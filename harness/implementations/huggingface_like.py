@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from harness.implementations import trace
-from harness.implementations.protocols import Capability, Routing, Unsupported
+from harness.implementations.protocols import Capability, Routing, Session, Unsupported
+from harness.reference.engine import Completion, Limits, Request, Speculation
 from harness.spec.architecture import Architecture
 
 LEARNED_BUFFERS = ("correction_bias", "expert_bias")
@@ -34,6 +35,29 @@ class WeightMap(Protocol):
 
     def canonical(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The module's named tensors (weights or their gradients) under canonical names and layouts."""
+
+
+class Decoding(Protocol):
+    """How a module generates and serves: capabilities "generate", "speculate" and "serve" of its model."""
+
+    @property
+    def settings(self) -> frozenset[str]:
+        """As Generates has it."""
+
+    @property
+    def methods(self) -> frozenset[str]:
+        """As Speculates has it."""
+
+    def load_draft(self, architecture: Architecture, weights: Mapping[str, Tensor]) -> None:
+        """As Speculates has it."""
+
+    def generate(
+        self, requests: Sequence[Request], *, speculation: Speculation | None = None
+    ) -> Sequence[Completion]:
+        """As Generates has it."""
+
+    def start(self, limits: Limits | None = None, *, speculation: Speculation | None = None) -> Session:
+        """As Serves has it."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +77,7 @@ class LikeModel:
     capabilities: frozenset[Capability]
     sites: tuple[trace.Site, ...] = ()
     weight_map: WeightMap | None = None
+    decoding: Decoding | None = None
     copies_caches: ClassVar[bool] = True
     """That a cache survives its use is the adapter's doing, so no property gives the module credit for it."""
 
@@ -128,6 +153,35 @@ class LikeModel:
         if not isinstance(loss, Tensor):
             raise Unsupported("the model returns no aux_loss")
         return {"balance": loss}
+
+    @property
+    def settings(self) -> frozenset[str]:
+        """Fields of Sampling and Request that are honoured."""
+        return frozenset() if self.decoding is None else self.decoding.settings
+
+    @property
+    def methods(self) -> frozenset[str]:
+        """Kinds of speculation that are offered."""
+        return frozenset() if self.decoding is None else self.decoding.methods
+
+    def load_draft(self, architecture: Architecture, weights: Mapping[str, Tensor]) -> None:
+        """Make a draft model. Raises Unsupported where there is no decoding."""
+        self._decoding().load_draft(architecture, weights)
+
+    def generate(
+        self, requests: Sequence[Request], *, speculation: Speculation | None = None
+    ) -> Sequence[Completion]:
+        """One completion per request. Raises Unsupported for what is not offered."""
+        return self._decoding().generate(requests, speculation=speculation)
+
+    def start(self, limits: Limits | None = None, *, speculation: Speculation | None = None) -> Session:
+        """A fresh engine. Raises Unsupported for what is not offered."""
+        return self._decoding().start(limits, speculation=speculation)
+
+    def _decoding(self) -> Decoding:
+        if self.decoding is None:
+            raise Unsupported("the module only runs forward: nothing here generates")
+        return self.decoding
 
     def _call(
         self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, *, past: int = 0, **more: Any

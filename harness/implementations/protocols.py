@@ -190,7 +190,7 @@ class Session(Protocol):
 
 @runtime_checkable
 class Streams(Protocol):
-    """What a Session has besides, where its answers come in pieces: the serving benchmark is such a client."""
+    """What a Session has besides, where its answers come in pieces: the serving benchmark asks for it."""
 
     def stream(self, request: Request) -> Streamed:
         """Send one request and wait for its end; called from many threads at once. A request that fails ends

@@ -2,27 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from harness.implementations.protocols import Capability, Routing, Unsupported
 from harness.reference import Cache, ReferenceModel, build
+from harness.reference.engine import (
+    Arrival,
+    Completion,
+    Engine,
+    Limits,
+    Method,
+    Request,
+    Sampling,
+    Served,
+    Speculation,
+)
 from harness.spec.architecture import Architecture
 
 
 @dataclass(frozen=True)
+class EngineSession:
+    """A Session that is an engine in this process."""
+
+    engine: Engine
+
+    def run(self, arrivals: Sequence[Arrival]) -> Served:
+        """Serve them all to their end."""
+        return self.engine.run(arrivals)
+
+    def close(self) -> None:
+        """Nothing is held outside of this process."""
+
+
+@dataclass(eq=False)
 class ReferenceUnderTest:
-    """A ReferenceModel with the Protocols' names; a mutant replaces a stage of `model`."""
+    """A ReferenceModel with the Protocols' names; a mutant replaces a stage of `model`, or of each engine."""
 
     model: ReferenceModel
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+    """Of everything that is sampled without a seed; it advances."""
+    draft: ReferenceModel | None = None
+    on_engine: list[Callable[[Engine], None]] = field(default_factory=list)
+    """Called with every engine that is built, before it is used."""
 
     @property
     def capabilities(self) -> frozenset[Capability]:
         """Everything; what concerns routers only where there are some."""
-        dense: frozenset[Capability] = frozenset(("parameters", "forward", "cache", "gradients", "weights"))
+        dense: frozenset[Capability] = frozenset(
+            ("parameters", "forward", "cache", "gradients", "weights")
+            + ("generate", "enumerable", "speculate", "serve", "limits")
+        )
         if self.model.architecture.moe is None:
             return dense
         return dense | {"routing", "auxiliary_loss"}
@@ -78,6 +112,54 @@ class ReferenceUnderTest:
         """Scalars "balance" and "z" without coefficients."""
         return self.model.auxiliary_loss(tokens, mask=mask)
 
+    @property
+    def settings(self) -> frozenset[str]:
+        """Every field of Sampling and Request."""
+        return frozenset(part.name for kind in (Sampling, Request) for part in fields(kind))
+
+    @property
+    def methods(self) -> frozenset[str]:
+        """Every method of Speculation."""
+        return frozenset(get_args(Method))
+
+    def load_draft(self, architecture: Architecture, weights: Mapping[str, Tensor]) -> None:
+        """A draft model on the device and in the dtype of the model."""
+        like = next(self.model.parameters())
+        self.draft = build(architecture, device=like.device, dtype=like.dtype)
+        self.draft.load_weights(weights)
+
+    def engine(self, limits: Limits, speculation: Speculation | None = None) -> Engine:
+        """A fresh engine; raises Unsupported where the architecture or the speculation rules it out."""
+        try:
+            engine = Engine(
+                self.model, limits, speculation=speculation, draft=self.draft, generator=self.generator
+            )
+        except ValueError as error:
+            raise Unsupported(str(error)) from error
+        for patch in self.on_engine:
+            patch(engine)
+        return engine
+
+    def generate(
+        self, requests: Sequence[Request], *, speculation: Speculation | None = None
+    ) -> Sequence[Completion]:
+        """One completion per request, from an engine with a slot and pages for each."""
+        page_size, positions = Limits().page_size, self.model.architecture.max_positions
+        tokens = [min(len(r.prompt) + max(r.max_tokens, 1), positions) for r in requests]
+        ahead = 1 if speculation is None else 1 + speculation.length
+        limits = Limits(
+            sequences=max(len(requests), 1),
+            page_size=page_size,
+            pages=max(sum(-(-count // page_size) for count in tokens), 1),
+            chunk=max(sum(len(r.prompt) + ahead for r in requests), 1),
+            prefix_sharing=False,
+        )
+        return self.engine(limits, speculation).run([Arrival(request) for request in requests]).completions
+
+    def start(self, limits: Limits | None = None, *, speculation: Speculation | None = None) -> EngineSession:
+        """A fresh engine of the given size, or of the default one."""
+        return EngineSession(self.engine(limits or Limits(), speculation))
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -94,6 +176,7 @@ class Reference:
             raise Unsupported("the reference has no shape of its own: it needs a spec")
         generator = torch.Generator().manual_seed(seed)
         try:
-            return ReferenceUnderTest(build(architecture, device=device, dtype=dtype, generator=generator))
+            model = build(architecture, device=device, dtype=dtype, generator=generator)
         except ValueError as error:
             raise Unsupported(str(error)) from error
+        return ReferenceUnderTest(model, torch.Generator().manual_seed(seed))

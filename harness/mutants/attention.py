@@ -11,7 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.mutants.defect import F, Method, anywhere, attentions, enter, mutant, patched, rotaries, whole
+from harness.mutants.defect import (
+    F,
+    Method,
+    anywhere,
+    attentions,
+    enter,
+    mutant,
+    on_model,
+    patched,
+    rotaries,
+    whole,
+)
 from harness.reference import ReferenceModel
 from harness.reference.attention import Context
 from harness.reference.rope import frequencies
@@ -94,7 +105,7 @@ def seen(**row: Any) -> Callable[[F], F]:
             for target in attentions(model):
                 target.mask = _masked(target, target.mask, change)
 
-        return enter(change, patch, **row)
+        return enter(change, on_model(patch), **row)
 
     return decorate
 

@@ -46,9 +46,9 @@ class Mutant:
     """Puts the defect into what was just built: into its model, or into every engine that it will build."""
     stage: str
     """What is wrong: param, proj, score, select, weigh, drop, combine, loss, gradient, project, rotate,
-    expand_kv, mask, scores, cache, norm, unembed, compute (more than needed) or state (left by a call). Of an
-    engine: law (of the tokens drawn), greedy, stop, logprobs, seed, acceptance, counters, isolation (of requests),
-    state, settings (ignored), cache, pages, schedule or fault."""
+    expand_kv, mask, scores, cache, norm, unembed, compute (more than needed) or state (left by a call). Of
+    an engine: law (of the tokens drawn), greedy, stop, logprobs, seed, acceptance, counters, isolation,
+    settings (ignored), pages, schedule or fault."""
     origin: str
     """Where a defect of this kind shipped: repository#issue or commit; empty where none is cited."""
     defect: str
@@ -85,7 +85,7 @@ def mutant(targets: Targets, method: str, **row: Any) -> Callable[[F], F]:
     """Decorate make(target, original method) -> defective method, put in its place on every target."""
 
     def decorate(make: F) -> F:
-        return enter(make, lambda built: replace(make, targets(built.model), method), **row)
+        return enter(make, on_model(lambda model: replace(make, targets(model), method)), **row)
 
     return decorate
 
@@ -95,12 +95,22 @@ def engine_mutant(targets: EngineTargets, method: str, **row: Any) -> Callable[[
     engine that the reference builds. It shows in any architecture, unless `applies` says otherwise."""
 
     def decorate(make: F) -> F:
-        def patch(built: ReferenceUnderTest) -> None:
-            built.on_engine.append(lambda engine: replace(make, targets(engine), method))
+        def patch(engine: Any) -> None:
+            replace(make, targets(engine), method)
 
-        return enter(make, patch, **({"applies": anywhere} | row))
+        return enter(make, on_engine(patch), **({"applies": anywhere} | row))
 
     return decorate
+
+
+def on_model(patch: Callable[[ReferenceModel], None]) -> Patch:
+    """The patch of a model, as one of what was built."""
+    return lambda built: patch(built.model)
+
+
+def on_engine(patch: Callable[[Any], None]) -> Patch:
+    """The patch of every engine, as one of what was built."""
+    return lambda built: built.on_engine.append(patch)
 
 
 def replace(make: Method, targets: Iterable[Any], method: str) -> None:
@@ -111,14 +121,12 @@ def replace(make: Method, targets: Iterable[Any], method: str) -> None:
 
 def patched(**row: Any) -> Callable[[F], F]:
     """Decorate patch(model) -> None, for a defect that is not one method."""
-    return lambda patch: enter(patch, lambda built: patch(built.model), **row)
+    return lambda patch: enter(patch, on_model(patch), **row)
 
 
 def engine_patched(**row: Any) -> Callable[[F], F]:
     """Decorate patch(engine) -> None, for a defect of the engine that is not one method."""
-    return lambda patch: enter(
-        patch, lambda built: built.on_engine.append(patch), **({"applies": anywhere} | row)
-    )
+    return lambda patch: enter(patch, on_engine(patch), **({"applies": anywhere} | row))
 
 
 @dataclass(frozen=True)

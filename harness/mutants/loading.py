@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.mutants.defect import F, Method, anywhere, enter, mutant, whole
+from harness.mutants.defect import F, Method, anywhere, enter, mutant, on_model, whole
 from harness.reference import ReferenceModel, weights
 from harness.spec.architecture import Architecture
 
@@ -70,7 +70,7 @@ def counted(**row: Any) -> Callable[[F], F]:
             model.load_weights = lambda values: weights.load(named(), values)
             model.parameters_by_name = lambda: change(model, dict(named()))
 
-        return enter(change, patch, **row)
+        return enter(change, on_model(patch), **row)
 
     return decorate
 

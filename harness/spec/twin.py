@@ -8,6 +8,7 @@ digits, and that rope scaling has dimensions below, inside and above its ramp. N
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -29,6 +30,32 @@ MAX_PATTERN = 8
 """A longer pattern (one written out layer by layer) is cut to its kinds in order of appearance."""
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a twin that an engine's kernels may restrict; those of latent attention are fixed."""
+
+    head_dim: int = HEAD_DIM
+    d_model: tuple[int, int, int] = (D_MODEL[0], D_MODEL[1], D_MODEL[-1])
+    """For a query width that equals d_model, is above it, is below it."""
+    d_ff: int = D_FF
+    expert_d_ff: int = EXPERT_D_FF
+    shared_d_ff: int = SHARED_D_FF
+    max_positions: int = MAX_POSITIONS
+
+
+HARD = Sizes()
+"""Hard to pass by accident: for models that are built and called in this process."""
+SERVED = Sizes(
+    head_dim=32,
+    d_model=(N_HEADS * 32, 160, 224),
+    d_ff=288,
+    expert_d_ff=96,
+    shared_d_ff=64,
+    max_positions=1024,
+)
+"""For servers: widths are multiples of 32 and heads have 32 dimensions, as vLLM's kernels for CPUs need."""
+
+
 def twin(
     architecture: Architecture,
     *,
@@ -36,6 +63,7 @@ def twin(
     top_k: int | None = None,
     n_layers: int | None = None,
     vocab_size: int = VOCAB_SIZE,
+    sizes: Sizes = HARD,
 ) -> Architecture:
     """The same kind of model, small: booleans, enumerations and rope factors kept, float32.
 
@@ -43,9 +71,9 @@ def twin(
     layers enough to see every kind of layer and two of the MoE kind. Raises pydantic.ValidationError if
     the overrides do not fit together.
     """
-    attention = _attention(architecture.attention)
+    attention = _attention(architecture.attention, sizes)
     width = architecture.attention.n_heads * architecture.attention.head_dim
-    moe = None if architecture.moe is None else _moe(architecture.moe, n_experts, top_k)
+    moe = None if architecture.moe is None else _moe(architecture.moe, n_experts, top_k, sizes)
     dense = architecture.ffn
     least = [2, len(attention["pattern"])]
     if moe is not None:
@@ -53,21 +81,21 @@ def twin(
     return Architecture.model_validate(
         architecture.model_dump()
         | {
-            "d_model": D_MODEL[(width > architecture.d_model) - (width < architecture.d_model)],
+            "d_model": sizes.d_model[(width > architecture.d_model) - (width < architecture.d_model)],
             "n_layers": n_layers or max(least),
             "vocab_size": vocab_size,
-            "max_positions": MAX_POSITIONS,
+            "max_positions": sizes.max_positions,
             "attention": attention,
-            "ffn": None if dense is None else dense.model_dump() | {"d_ff": D_FF},
+            "ffn": None if dense is None else dense.model_dump() | {"d_ff": sizes.d_ff},
             "moe": moe,
             "dtype": "float32",
         }
     )
 
 
-def _attention(a: Attention) -> dict[str, Any]:
+def _attention(a: Attention, sizes: Sizes) -> dict[str, Any]:
     is_mha, is_mqa = a.n_kv_heads == a.n_heads, a.n_kv_heads == 1 < a.n_heads
-    head_dim = HEAD_DIM if a.mla is None else MLA["qk_nope_head_dim"] + MLA["qk_rope_head_dim"]
+    head_dim = sizes.head_dim if a.mla is None else MLA["qk_nope_head_dim"] + MLA["qk_rope_head_dim"]
     ratio = 1.0 if a.scale is None else a.scale * a.head_dim**0.5
     pattern = a.pattern if len(a.pattern) <= MAX_PATTERN else tuple(dict.fromkeys(a.pattern))
     mla = None
@@ -96,7 +124,7 @@ def _rope(rope: Rope, head_dim: int, small_head_dim: int) -> dict[str, Any]:
     return made
 
 
-def _moe(moe: Moe, n_experts: int, top_k: int | None) -> dict[str, Any]:
+def _moe(moe: Moe, n_experts: int, top_k: int | None, sizes: Sizes) -> dict[str, Any]:
     # A float32 twin whose router were bfloat16 would route differently from its own oracle.
     router = moe.router.model_dump() | {"dtype": _at_least_float32(moe.router.dtype)}
     if moe.router.n_groups > 1:
@@ -105,17 +133,19 @@ def _moe(moe: Moe, n_experts: int, top_k: int | None) -> dict[str, Any]:
     return moe.model_dump() | {
         "n_experts": n_experts,
         "top_k": top_k or min(moe.top_k, MAX_TOP_K),
-        "expert": moe.expert.model_dump() | {"d_ff": EXPERT_D_FF},
-        "shared": None if moe.shared is None else moe.shared.model_dump() | {"d_ff": _shared_d_ff(moe)},
+        "expert": moe.expert.model_dump() | {"d_ff": sizes.expert_d_ff},
+        "shared": None
+        if moe.shared is None
+        else moe.shared.model_dump() | {"d_ff": _shared_d_ff(moe, sizes)},
         "router": router,
         "first_dense": min(moe.first_dense, 1),
     }
 
 
-def _shared_d_ff(moe: Moe) -> int:
+def _shared_d_ff(moe: Moe, sizes: Sizes) -> int:
     # Shared experts that are so many routed ones stay so: some configs can say nothing but their number.
     whole = moe.shared is not None and moe.shared.d_ff % moe.expert.d_ff == 0
-    return 3 * EXPERT_D_FF if whole else SHARED_D_FF
+    return 3 * sizes.expert_d_ff if whole else sizes.shared_d_ff
 
 
 def _at_least_float32(dtype: DType) -> DType:

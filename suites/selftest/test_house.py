@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "telemetry": set(),
     "conformance": {"spec", "reference", "implementations", "evidence"},
     "results": {"spec", "evidence", "theory", "audit", "conformance", "telemetry"},
+    "benchmark": {"spec", "theory", "reference", "implementations", "telemetry", "results"},
 }
 """The layers of ARCHITECTURE.md; `plugin` and `cli` may import all of them."""
 

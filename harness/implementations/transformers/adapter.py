@@ -20,7 +20,8 @@ from harness.implementations import trace
 from harness.implementations.huggingface_like import LikeModel, WeightMap, seeded
 from harness.implementations.protocols import Capability, Unsupported
 from harness.implementations.registry import describe
-from harness.implementations.transformers import export, shrink
+from harness.implementations.transformers import continuous, export, shrink
+from harness.implementations.transformers.generation import Generation
 from harness.implementations.transformers.library import model_class
 from harness.implementations.transformers.weights import FamilyMap
 from harness.spec.architecture import Architecture
@@ -104,7 +105,18 @@ class TransformersImplementation:
         )
         if architecture is None:
             _draw_correction_biases(model.parameters(), seed)
-        return replace(model, capabilities=_capabilities(model, architecture))
+        found = _capabilities(model, architecture)
+        if device == "meta" or not hasattr(module, "generate"):
+            return replace(model, capabilities=found)
+
+        def make_draft(drafted: Architecture, weights: Mapping[str, Tensor]) -> nn.Module:
+            draft = self.build(drafted, device=device, dtype=dtype, seed=seed)
+            draft.load_weights(weights)
+            return draft.module
+
+        generator = torch.Generator().manual_seed(seed)
+        decoding = Generation(module, model.vocab_size, make_draft, generator)
+        return replace(model, decoding=decoding, capabilities=found | _decodes(module))
 
     def _module(self, config: Any, device: str, dtype: torch.dtype, seed: int) -> nn.Module:
         cls = model_class(self.family)
@@ -202,6 +214,16 @@ def _capabilities(model: LikeModel, architecture: Architecture | None) -> frozen
     pools_layers = architecture is None or architecture.auxiliary_loss.balance == "huggingface"
     if model.sites and pools_layers and _offered(lambda: model.auxiliary_loss(tokens)):
         found.add("auxiliary_loss")
+    return frozenset(found)
+
+
+def _decodes(module: Any) -> frozenset[Capability]:
+    """Stateful families refuse an assistant; the paged cache refuses some kinds of layers when it starts."""
+    found: set[Capability] = {"generate", "enumerable"}
+    if not getattr(module, "_is_stateful", False):
+        found.add("speculate")
+    if continuous.is_offered(module):
+        found |= {"serve", "limits"}
     return frozenset(found)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from harness.reference.engine.engine import Engine
 from harness.reference.engine.values import (
     Arrival,
     Completion,
     Grammar,
     Iteration,
     Limits,
+    Method,
     Request,
     Sampling,
     Served,
@@ -18,9 +20,11 @@ from harness.reference.engine.values import (
 __all__ = [
     "Arrival",
     "Completion",
+    "Engine",
     "Grammar",
     "Iteration",
     "Limits",
+    "Method",
     "Request",
     "Sampling",
     "Served",

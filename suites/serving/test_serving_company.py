@@ -1,0 +1,182 @@
+"""Company: what a request is answered depends on no other request, and on no size of the engine.
+
+Times are iterations of the engine, or shares of a second for a server.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from harness.conformance import Case, conformance, require
+from harness.conformance.serving import (
+    GREEDY,
+    ROUNDING,
+    Agreement,
+    alone,
+    arrivals,
+    engine,
+    exact,
+    greedy,
+    independent,
+    offered,
+    prompts,
+    same_all,
+    seeded,
+    serve,
+)
+from harness.reference.engine import Limits, Request
+
+ONE = Limits(sequences=1)
+
+
+@conformance(
+    "serving.company-changes-nothing",
+    clause="engine.serve",
+    needs=("serve",),
+    kills=(),
+    applies=independent,
+)
+def test_company_changes_nothing(case: Case) -> None:
+    """A greedy request gives the same tokens, finish reason and log probabilities alone and in company."""
+    model = engine(case)
+    requests = greedy(case, model)
+    wanted, agreement = alone(model, requests), Agreement(exact(model))
+    for what, order, every in (
+        ("with four others", (0, 1, 2, 3, 4), 0.0),
+        ("in another order, two iterations apart", (3, 1, 4, 0, 2), 2.0),
+    ):
+        found = serve(model, arrivals(model, requests, order=order, every=every)).completions
+        same_all(agreement, found, wanted, requests, what=what, stage="batch")
+    agreement.noted(case)
+
+
+@conformance(
+    "serving.seeded-company-changes-nothing",
+    clause="engine.Sampling.seed",
+    needs=("serve",),
+    kills=(),
+    applies=independent,
+)
+def test_seeded_company_changes_nothing(case: Case) -> None:
+    """A request with a seed gives the same alone, in company, and when it is asked again."""
+    model = engine(case)
+    requests = seeded(case, model, greedy(case, model))
+    wanted, agreement = alone(model, requests), Agreement(exact(model))
+    # Without seeds beside them, which draw from the engine's own generator, and without chance
+    others = [replace(request, sampling=replace(request.sampling, seed=None)) for request in requests[:2]]
+    others.append(replace(requests[2], sampling=GREEDY))
+    for what, order, every in (
+        ("with a seed, in company", (5, 0, 1, 6, 2, 3, 4, 7), 0.0),
+        ("with a seed, in company that comes and goes", (4, 5, 1, 7, 0, 6, 2, 3), 2.0),
+    ):
+        found = serve(model, arrivals(model, [*requests, *others], order=order, every=every)).completions
+        same_all(agreement, found[:5], wanted, requests, what=what, stage="seed")
+    agreement.noted(case)
+
+
+@conformance(
+    "serving.sizes-change-nothing",
+    clause="engine.Limits",
+    needs=("serve", "limits"),
+    kills=(),
+    applies=independent,
+)
+def test_sizes_change_nothing(case: Case) -> None:
+    """Slots, page size and tokens per iteration change no answer, greedy or seeded."""
+    model = engine(case)
+    requests = greedy(case, model)
+    requests += seeded(case, model, requests[:3])
+    wanted, agreement = alone(model, requests, ONE), Agreement(exact(model))
+    sizes = (Limits(1), Limits(2, page_size=1), Limits(3, page_size=5, chunk=16), Limits(8, page_size=32, pages=32))
+    for limits in sizes:
+        found = serve(model, arrivals(model, requests, every=0.5), limits).completions
+        same_all(agreement, found, wanted, requests, what=f"in an engine of {limits}", stage="batch")
+    agreement.noted(case)
+
+
+@conformance(
+    "serving.chunks-change-nothing",
+    clause="engine.Limits.chunk",
+    needs=("serve", "limits"),
+    kills=(),
+    applies=independent,
+)
+def test_chunks_change_nothing(case: Case) -> None:
+    """A prompt in chunks of any size, some tokens at a time beside others that decode, gives the same."""
+    model = engine(case)
+    size = 4
+    requests = greedy(case, model, (2, 3, 17, 16, 9), (12, 9, 3, 4, 5))
+    requests += seeded(case, model, requests[2:4])
+    wanted, agreement = alone(model, requests, ONE), Agreement(exact(model))
+    for chunk in (1, 2, size - 1, size, size + 1, 2 * size + 1):
+        # Decoding comes first: a budget of as many tokens as there are slots would leave none to prompts.
+        limits = Limits(sequences=min(chunk, 4), page_size=size, chunk=chunk)
+        found = serve(model, arrivals(model, requests, every=1.0), limits).completions
+        same_all(agreement, found, wanted, requests, what=f"in chunks of {chunk}", stage="chunk")
+    agreement.noted(case)
+
+
+@conformance(
+    "serving.batching-changes-nothing",
+    clause="engine.Limits.batching",
+    needs=("serve", "limits"),
+    kills=(),
+    applies=independent,
+)
+def test_batching_changes_nothing(case: Case) -> None:
+    """Static and continuous batching give the same answers."""
+    model = engine(case)
+    requests = greedy(case, model, (3, 9, 17, 5, 12, 4, 7), (9, 2, 8, 11, 5, 1, 6))
+    requests += seeded(case, model, requests[:2])
+    wanted, agreement = alone(model, requests, ONE), Agreement(exact(model))
+    for batching in ("static", "continuous"):
+        limits = Limits(sequences=3, batching=batching)
+        found = serve(model, arrivals(model, requests, every=1.0), limits).completions
+        same_all(agreement, found, wanted, requests, what=f"under {batching} batching", stage="batch")
+    agreement.noted(case)
+
+
+@conformance(
+    "serving.equals-the-models-own-forward",
+    clause="engine.serve",
+    needs=("serve", "forward"),
+    kills=(),
+    applies=independent,
+)
+def test_equals_the_models_own_forward(case: Case) -> None:
+    """Every token is the model's first choice after all before it, by one pass without a cache or a batch."""
+    model = engine(case)
+    longest = 64 if case.architecture is None else case.architecture.max_positions
+    # Across the length at which rope is rescaled where it is, and the edges of windows and pages
+    lengths = [min(n, longest - 12) for n in (3, 7, 8, 60, 64, 17)]
+    rows = prompts(case, lengths)
+    requests = [offered(model, Request(prompt, 10, GREEDY, logprobs=True)) for prompt in rows]
+    bound, compared, worst = ROUNDING[exact(model)], 0, 0.0
+    for answer, request in zip(serve(model, arrivals(model, requests, every=1.0)).completions, requests, strict=True):
+        what = f"the answer to {len(request.prompt)} tokens"
+        require(answer.finish_reason in ("stop", "length"), f"{what} ends with {answer.error!r}", stage="engine")
+        require(len(answer.tokens) > 0, f"{what} is empty", stage="engine")
+        whole = torch.tensor([[*request.prompt, *answer.tokens]])
+        with torch.no_grad():
+            laws = model.forward(whole)[0, len(request.prompt) - 1 : -1].double().log_softmax(-1)
+        for i, (law, token) in enumerate(zip(laws, answer.tokens, strict=True)):
+            behind = float(law.max() - law[token])
+            require(
+                behind <= bound,
+                f"{what}: token {i} is {token}, and {int(law.argmax())} is more probable by {behind:.3g} (log)",
+                stage="cache",
+            )
+            if answer.logprobs is not None:
+                error = abs(answer.logprobs[i] - float(law[token]))
+                worst = max(worst, error)
+                require(
+                    error <= bound,
+                    f"{what}: log probability of token {i} is {answer.logprobs[i]:.6g} in place of "
+                    f"{float(law[token]):.6g}",
+                    stage="cache",
+                )
+            compared += 1
+    case.note("tokens_compared", compared)
+    case.note("worst_logprob_difference", worst)

@@ -1,0 +1,224 @@
+"""Settings: what a request asks for stays with it, whoever comes and goes beside it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from harness.conformance import Case, conformance, require
+from harness.conformance.property import Void
+from harness.conformance.serving import (
+    GREEDY,
+    Agreement,
+    alone,
+    arrivals,
+    ask_for,
+    engine,
+    exact,
+    honours,
+    independent,
+    offered,
+    prompts,
+    same_all,
+    serve,
+)
+from harness.implementations.protocols import Unsupported
+from harness.reference.engine import Completion, Grammar, Limits, Request, Sampling
+
+ORDERS = ((0, 1, 2, 3, 4, 5, 6, 7), (6, 3, 7, 0, 5, 2, 4, 1))
+
+
+def churn(case: Case, model: Any, requests: list[Request], *, stage: str, seed: int | None = None) -> list[Completion]:
+    """Each request alone against all together in few slots, so that others start and end beside it."""
+    if seed is not None:
+        drawn = (replace(r.sampling, seed=seed + i) for i, r in enumerate(requests))
+        requests = [replace(r, sampling=s) for r, s in zip(requests, drawn, strict=True)]
+    requests = [offered(model, request) for request in requests]
+    if len(set((r.sampling, r.eos, r.stop, r.min_tokens, r.logprobs) for r in requests)) == 1:
+        raise Unsupported("the engine honours no setting in which the requests differ")
+    wanted, agreement = alone(model, requests), Agreement(exact(model))
+    limits = (Limits(sequences=3), Limits(sequences=8)) if "limits" in model.capabilities else (None,)
+    for size in limits:
+        for order in ORDERS[: 2 if size else 1]:
+            kept = [place for place in order if place < len(requests)]
+            found = serve(model, arrivals(model, requests, order=kept, every=1.0), size).completions
+            same_all(agreement, found, wanted, requests, what="beside others", stage=stage)
+    agreement.noted(case)
+    return wanted
+
+
+@conformance(
+    "serving.laws-stay-with-their-requests",
+    clause="engine.Sampling",
+    needs=("serve",),
+    kills=(),
+    applies=independent,
+)
+def test_laws_stay_with_their_requests(case: Case) -> None:
+    """Temperature, top-k, top-p, min-p and biases of a request shape its own tokens, and nobody else's."""
+    model = engine(case)
+    ask_for(model, "seed", "temperature")
+    laws = (
+        Sampling(temperature=0.0),
+        Sampling(temperature=0.5),
+        Sampling(temperature=1.9),
+        Sampling(temperature=1.0, top_k=2),
+        Sampling(temperature=1.5, top_p=0.4),
+        Sampling(temperature=1.5, min_p=0.2),
+        Sampling(temperature=1.0, logit_bias=((5, 30.0),)),
+        Sampling(temperature=1.0, logit_bias=((7, 4.0), (9, 4.0), (11, -30.0))),
+    )
+    rows = prompts(case, (4, 9, 5, 13, 3, 8, 6, 7))
+    ends = (9, 4, 7, 3, 8, 5, 6, 10)
+    requests = [
+        Request(row, n, law, logprobs=True) for row, n, law in zip(rows, ends, laws, strict=True)
+    ]
+    churn(case, model, requests, stage="settings", seed=17)
+
+
+@conformance(
+    "serving.penalties-stay-with-their-requests",
+    clause="engine.Sampling.repetition_penalty",
+    needs=("serve",),
+    kills=(),
+    applies=independent,
+)
+def test_penalties_stay_with_their_requests(case: Case) -> None:
+    """Penalties count a request's own tokens, each as often as it came, and no padding."""
+    model = engine(case)
+    ask_for(model, "temperature")
+    # Token 0, with which batches are often padded, is likely in all of them: counting it would show.
+    often = ((0, 6.0), (1, 5.0), (2, 4.0))
+    laws = (
+        Sampling(temperature=0.0, logit_bias=often),
+        Sampling(temperature=0.0, logit_bias=often, frequency_penalty=1.5),
+        Sampling(temperature=0.0, logit_bias=often, presence_penalty=2.0),
+        Sampling(temperature=0.0, logit_bias=often, repetition_penalty=1.8),
+        Sampling(temperature=1.0, logit_bias=often, frequency_penalty=1.0, repetition_penalty=1.3),
+        Sampling(temperature=1.0, logit_bias=often),
+        Sampling(temperature=1.0, logit_bias=often, presence_penalty=-1.0),
+        Sampling(temperature=1.0, logit_bias=often, repetition_penalty=1.4),
+    )
+    rows = prompts(case, (9, 3, 5, 13, 4, 8, 3, 7))
+    rows = [tuple(token for token in row if token > 0) or (3,) for row in rows]
+    ends = (5, 10, 9, 8, 10, 3, 8, 9)
+    requests = [
+        Request(row, n, law, logprobs=True) for row, n, law in zip(rows, ends, laws, strict=True)
+    ]
+    wanted = churn(case, model, requests, stage="penalties", seed=23 if honours(model, "seed") else None)
+    if exact(model) and len({token for answer in wanted for token in answer.tokens}) < 4:
+        raise Void("the penalised requests repeat hardly any token, so that penalties do not show")
+
+
+@conformance(
+    "serving.ends-stay-with-their-requests",
+    clause="engine.Request.stop",
+    needs=("serve",),
+    kills=(),
+    applies=independent,
+)
+def test_ends_stay_with_their_requests(case: Case) -> None:
+    """End tokens, stop sequences, least and most tokens, and log probabilities are each request's own."""
+    model = engine(case)
+    if not honours(model, "eos") and not honours(model, "stop"):
+        raise Unsupported("the engine honours neither eos nor stop")
+    rows = prompts(case, (4, 9, 5, 13, 3, 8))
+    plain = [offered(model, Request(row, 9, GREEDY)) for row in rows]
+    drafts = [answer.tokens for answer in alone(model, plain)]
+    # Each ends where its own answer will be, and nobody else's: the third to last token of it
+    third, pair = [tokens[3 : 4] for tokens in drafts], [(tokens[4:6],) for tokens in drafts]
+    requests = [
+        Request(rows[0], 9, GREEDY, eos=third[0], logprobs=True),
+        Request(rows[1], 9, GREEDY, eos=third[1], min_tokens=6),
+        Request(rows[2], 9, GREEDY, stop=pair[2], logprobs=True),
+        Request(rows[3], 7, GREEDY),
+        Request(rows[4], 9, GREEDY, eos=(*third[0], *third[4])),
+        Request(rows[5], 9, GREEDY, stop=((*third[5],),), logprobs=True),
+    ]
+    wanted = churn(case, model, requests, stage="stop")
+    ended = [answer.finish_reason for answer in wanted]
+    require("stop" in ended, f"no request ends where it was told to: {ended}", stage="stop")
+
+
+@conformance(
+    "serving.grammars-stay-with-their-requests",
+    clause="engine.Sampling.grammar",
+    needs=("serve",),
+    kills=(),
+    applies=independent,
+)
+def test_grammars_stay_with_their_requests(case: Case) -> None:
+    """Each request follows its own grammar from its own start, beside others with and without one."""
+    model = engine(case)
+    ask_for(model, "grammar", "temperature", "seed")
+    tokens = sorted({token for row in prompts(case, (24,)) for token in row})[:12]
+
+    def ring(chosen: list[int]) -> Grammar:
+        """Any of two tokens in each state, and on to the next."""
+        states = len(chosen) // 2
+        return Grammar(
+            tuple(
+                tuple((token, (i + 1) % states) for token in chosen[2 * i : 2 * i + 2]) for i in range(states)
+            )
+        )
+
+    grammars = (ring(tokens[:6]), None, ring(tokens[6:12]), ring(tokens[2:10]), None, ring(tokens[:4]))
+    rows = prompts(case, (4, 9, 5, 13, 3, 8))
+    requests = [
+        Request(row, n, Sampling(grammar=grammar, temperature=2.0), logprobs=True)
+        for row, n, grammar in zip(rows, (9, 4, 8, 6, 10, 7), grammars, strict=True)
+    ]
+    for answer, grammar in zip(churn(case, model, requests, stage="grammar", seed=29), grammars, strict=True):
+        state = 0
+        for i, token in enumerate(answer.tokens if grammar else ()):
+            assert grammar is not None
+            after = dict(grammar.states[state])
+            require(token in after, f"token {i} is {token}, which its grammar does not allow", stage="grammar")
+            state = after[token]
+
+
+@conformance(
+    "serving.duplicates-without-a-seed-are-independent",
+    clause="engine.Sampling.seed",
+    needs=("serve",),
+    kills=(),
+    applies=independent,
+)
+def test_duplicates_without_a_seed_are_independent(case: Case) -> None:
+    """The same request asked several times at once without a seed is answered by draws of its own each time."""
+    model = engine(case)
+    ask_for(model, "temperature")
+    (row,) = prompts(case, (5,))
+    request = offered(model, Request(row, 12, Sampling(temperature=1.8), logprobs=True))
+    served = serve(model, arrivals(model, [request] * 4)).completions
+    sequences = [answer.tokens for answer in served]
+    case.note("distinct_of_4", len(set(sequences)))
+    logprobs = [sum(answer.logprobs) for answer in served if answer.logprobs]
+    if logprobs and max(logprobs) > -12:
+        raise Void(f"an answer has probability e^{max(logprobs):.1f}: equal ones need no common cause")
+    # Each pair of the 6 is equal by chance with a probability of about e^-12 at most.
+    require(len(set(sequences)) == 4, f"of 4 answers without a seed only {len(set(sequences))} differ", stage="seed")
+
+
+@conformance(
+    "serving.seeds-decide",
+    clause="engine.Sampling.seed",
+    needs=("serve",),
+    kills=(),
+    applies=independent,
+)
+def test_seeds_decide(case: Case) -> None:
+    """Duplicates with one seed are equal, with two seeds different, at once and one after another."""
+    model = engine(case)
+    ask_for(model, "seed", "temperature")
+    (row,) = prompts(case, (5,))
+    laws = [Sampling(temperature=1.8, seed=seed) for seed in (7, 8, 7, 8, 7)]
+    requests = [offered(model, Request(row, 12, law, logprobs=True)) for law in laws]
+    agreement = Agreement(exact(model))
+    for every in (0.0, 3.0):
+        found = serve(model, arrivals(model, requests, every=every)).completions
+        for i in (2, 4):
+            agreement.same(found[i], found[0], requests[i], what="the same seed", stage="seed", but="before")
+        agreement.same(found[3], found[1], requests[3], what="the same seed", stage="seed", but="before")
+        require(found[0].tokens != found[1].tokens, "two seeds give the same tokens", stage="seed")
+    agreement.noted(case)
