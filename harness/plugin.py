@@ -62,8 +62,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="ADDRESS",
-        help="under test: reference, mutant:NAME, transformers:NAME or package.module:factory; ADDRESS@SPEC "
-        "on that spec alone (repeatable; default: reference)",
+        help="under test: reference, mutant:NAME, transformers:NAME, openai:URL or package.module:factory; "
+        "ADDRESS@SPEC on that spec alone (repeatable; default: reference)",
     )
     add(
         "--spec",

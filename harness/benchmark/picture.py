@@ -72,7 +72,9 @@ def timelines(path: Path, runs: Mapping[str, tuple[Sequence[Iteration], int]]) -
         axis.title.set_fontsize(9)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
-    axes[-1, 0].set_xlabel("iteration; a number is the request that holds the slot, grey is held by nobody")
+    axes[-1, 0].set_xlabel(
+        "iteration; a number is the request in the slot, grey a slot held for a batch whose others go on"
+    )
     _save(figure, path)
 
 

@@ -17,6 +17,7 @@ from harness.conformance.case import Case
 from harness.conformance.checked import Malformed
 from harness.conformance.property import Violation, Void, require
 from harness.implementations.protocols import Unsupported
+from harness.implementations.registry import describe
 from harness.reference.engine import (
     Arrival,
     Completion,
@@ -86,6 +87,11 @@ REQUEST_SETTINGS = ("eos", "stop", "min_tokens", "logprobs", "salt")
 """Fields of Request that an engine may not honour."""
 
 
+def sized(model: Any, limits: Limits) -> Limits | None:
+    """Limits for an engine that takes them; None for one that has its own."""
+    return limits if "limits" in model.capabilities else None
+
+
 def prompts(case: Case, lengths: Sequence[int]) -> list[tuple[int, ...]]:
     """One prompt of random tokens for each length."""
     drawn = case.tokens(len(lengths), max(lengths)).tolist()
@@ -122,9 +128,18 @@ def arrivals(
 
 
 def run(session: Any, wanted: Sequence[Arrival | Request]) -> Served:
-    """Serve them in a session, with the type and number of what comes back checked."""
+    """Serve them in a session, with the type and number of what comes back checked.
+
+    Raises Violation where the session fails as a whole: what one request causes is its own error.
+    """
     given = [one if isinstance(one, Arrival) else Arrival(one) for one in wanted]
-    served = session.run(given)
+    try:
+        served = session.run(given)
+    except (Unsupported, Violation):
+        raise
+    except Exception as error:
+        what = f"{len(given)} requests were lost, as the engine raised {describe(error)}"
+        raise Violation(what, stage="fault") from error
     answers = getattr(served, "completions", None)
     right = isinstance(answers, Sequence) and len(answers) == len(given)
     right = right and all(isinstance(answer, Completion) for answer in answers)  # type: ignore[union-attr]
@@ -294,6 +309,11 @@ def speculations(case: Case, model: Any, length: int = 3) -> list[Speculation]:
     if not found:
         raise Unsupported("the engine speculates neither with a draft model nor by prompt lookup")
     return found
+
+
+def counted(answers: Iterable[Completion], what: str) -> int:
+    """The sum of a count over completions, for instance of "preemptions"."""
+    return sum(int(getattr(answer, what)) for answer in answers)
 
 
 def timeline(served: Served) -> Sequence[Iteration]:

@@ -15,11 +15,13 @@ from math import fsum
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from harness.evidence.law import MASS_TOLERANCE, Law
-from harness.evidence.lazy import NotEnumerable, Uniforms
+from harness.evidence.lazy import Lazy, NotEnumerable, Uniforms
+from harness.evidence.races import exponentials
 
 SAME = 1e-6
 """How far the probabilities of a draw may lie apart when it is repeated: float32 kernels may sum in another
@@ -86,6 +88,8 @@ class Interception(TorchFunctionMode):
 
     tape: Tape
     uniforms: Uniforms = field(init=False)
+    filled: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """By id: a tensor that was filled in place, and the lazy numbers that stand for it."""
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -101,12 +105,46 @@ class Interception(TorchFunctionMode):
                 return draw(self, *args, **(kwargs or {}))
             if func in _REFUSED:
                 raise NotEnumerable(
-                    f"{func.__name__} cannot be enumerated; draw by torch.multinomial, rand, rand_like or bernoulli"
+                    f"{func.__name__} cannot be enumerated; "
+                    "draw by torch.multinomial, bernoulli, rand or rand_like"
                 )
-            return func(*args, **(kwargs or {}))
+            if not self.filled:
+                return func(*args, **(kwargs or {}))
+            return self.substituted(func, args, kwargs or {})
         except (NotEnumerable, Undetermined) as error:
             self.tape.failed(error)
             raise
+
+    def substituted(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Call `func` with lazy numbers in place of the tensors that were filled with them."""
+        args, kwargs = pytree.tree_map_only(
+            Tensor, lambda x: self.filled.get(id(x), (x, x))[1], (tuple(args), kwargs)
+        )
+        name = getattr(func, "__name__", "")
+        if name.endswith("__") or not name.endswith("_") or not any(isinstance(x, Lazy) for x in args):
+            return func(*args, **kwargs)
+        # torch would return the tensor itself, which knows of no lazy numbers
+        result = getattr(Tensor, name[:-1])(*args, **kwargs)
+        if isinstance(result, Lazy):
+            self.filled[id(args[0])] = (args[0], result)
+        return result
+
+    def exponential_(self, held: Tensor, lambd: float = 1, **_: Any) -> Tensor:
+        """Fill a tensor with exponential numbers that are not drawn yet."""
+        return self.fill(held, exponentials(self.uniforms, held.shape, held.dtype, held.device) / lambd)
+
+    def uniform_(self, held: Tensor, low: float = 0, high: float = 1, **_: Any) -> Tensor:
+        """Fill a tensor with uniform numbers that are not drawn yet."""
+        fresh = self.uniforms.fresh(held.shape, held.dtype, held.device)
+        return self.fill(held, fresh * (high - low) + low)
+
+    def fill(self, held: Tensor, numbers: Tensor) -> Tensor:
+        """From now on `numbers` stand for `held`."""
+        # a view would be filled, and what it is a view of would not know
+        if held._is_view() or isinstance(held, Lazy):  # noqa: SLF001
+            raise NotEnumerable("random numbers that fill a part of a tensor cannot be enumerated")
+        self.filled[id(held)] = (held, numbers)
+        return numbers
 
     def multinomial(
         self, weights: Tensor, num_samples: int, replacement: bool = False, **kwargs: Any
@@ -169,6 +207,8 @@ _DRAWS: dict[Any, Callable[..., Any]] = {
     torch.bernoulli: Interception.bernoulli,
     torch.rand: Interception.rand,
     torch.rand_like: Interception.rand_like,
+    Tensor.exponential_: Interception.exponential_,
+    Tensor.uniform_: Interception.uniform_,
 }
 
 _REFUSED = frozenset(
@@ -182,7 +222,7 @@ _REFUSED = frozenset(
             Tensor.random_,
             Tensor.geometric_,
         ),
-        *(Tensor.exponential_, Tensor.cauchy_, Tensor.log_normal_),
+        *(Tensor.exponential_, Tensor.cauchy_, Tensor.log_normal_, nn.functional.gumbel_softmax),
     )
 )
 """Draws with too many answers, or into a tensor that holds numbers already."""
@@ -204,10 +244,12 @@ def law(program: Callable[[], Hashable], *, most_paths: int = 200_000, prune: fl
     while True:
         if paths == most_paths:
             raise NotEnumerable(
-                f"more than {most_paths} paths ({fsum(sums.values()):.3g} of the mass is done): generate fewer "
-                "tokens, use a smaller vocabulary, or prune"
+                f"more than {most_paths} paths, which cover {fsum(sums.values()):.3g} of the mass: generate "
+                "fewer tokens, use a smaller vocabulary, or prune"
             )
         outcome = _run(program, draws)
+        if any(isinstance(part, Tensor) for part in pytree.tree_leaves(outcome)):
+            raise TypeError("the program returned a tensor, which has no equals: return a number or a tuple")
         paths += 1
         reached = 1.0
         for draw in draws:
@@ -233,8 +275,8 @@ def _run(program: Callable[[], Hashable], draws: list[Draw]) -> Hashable:
         raise tape.failure
     if tape.at < repeated:
         raise Undetermined(
-            f"the program is no function of its draws: with the same answers it made {repeated} draws or more, "
-            f"and then {tape.at}; it must start from the same state at every run"
+            f"the program is no function of its draws: with the same answers it made {repeated} draws or "
+            f"more, and then {tape.at}; it must start from the same state at every run"
         )
     if torch.initial_seed() == seed and not torch.equal(torch.get_rng_state(), state):
         raise Undetermined(

@@ -8,6 +8,7 @@ here: that it is a multiple of 2^-24 in float32 shifts a probability by at most 
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,9 @@ aten = torch.ops.aten
 
 Handler = Callable[..., Any]
 """What one operator does to lazy numbers: called with the operator and its arguments."""
+
+
+USED_TWICE = "a random number that decides a race of exponentials is used for something else too"
 
 
 class NotEnumerable(RuntimeError):
@@ -38,6 +42,8 @@ class Uniforms:
     high: list[float] = field(default_factory=list)
     spent: set[int] = field(default_factory=set)
     """Numbers that became exponentials, of which no interval is known."""
+    raced: set[int] = field(default_factory=set)
+    """Those among them that have decided a race."""
 
     def fresh(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> LazyUniform:
         """A tensor of new uniform numbers on [0, 1)."""
@@ -46,12 +52,12 @@ class Uniforms:
         self.high += [1.0] * count
         ids = torch.arange(first, first + count).reshape(tuple(shape))
         one = torch.ones(tuple(shape), dtype=torch.float64)
-        return LazyUniform((ids, one, torch.zeros_like(one)), self, dtype, device)
+        return LazyUniform.made((ids, one, torch.zeros_like(one)), self, dtype, device)
 
     def below(self, index: int, threshold: float) -> bool:
         """Whether number `index` is below `threshold`: decided now, and remembered."""
         if index in self.spent:
-            raise NotEnumerable("one random number is used for a race of exponentials and again beside it")
+            raise NotEnumerable(USED_TWICE)
         low, high = self.low[index], self.high[index]
         inside = min(max(threshold, low), high)
         yes = self.answer(((inside - low) / (high - low), (high - inside) / (high - low))) == 0
@@ -62,11 +68,18 @@ class Uniforms:
         return yes
 
     def spend(self, ids: Tensor) -> None:
-        """These numbers are now used up. Raises NotEnumerable where something is known of one already."""
+        """These numbers become exponentials. Raises NotEnumerable where something is known of one."""
         for index in ids.flatten().tolist():
             if index in self.spent or (self.low[index], self.high[index]) != (0.0, 1.0):
-                raise NotEnumerable("one random number is used for a race of exponentials and again beside it")
+                raise NotEnumerable(USED_TWICE)
             self.spent.add(index)
+
+    def race(self, ids: Tensor) -> None:
+        """These exponentials decide a race. Raises NotEnumerable where one decided another before."""
+        numbers = ids.flatten().tolist()
+        if len(set(numbers)) < len(numbers) or not self.raced.isdisjoint(numbers):
+            raise NotEnumerable(USED_TWICE)
+        self.raced.update(numbers)
 
 
 class Lazy(Tensor):
@@ -80,20 +93,24 @@ class Lazy(Tensor):
     handlers: ClassVar[Mapping[Any, Handler]] = {}
     """By operator; an operator that is absent raises NotEnumerable."""
 
-    @staticmethod
-    def __new__(
+    @classmethod
+    def made(
         cls, parts: Sequence[Tensor], source: Uniforms, dtype: torch.dtype, device: torch.device
     ) -> Self:
-        wrap = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]  # noqa: SLF001
+        """A tensor of the shape of its parts."""
+        wrap = torch.Tensor._make_wrapper_subclass  # noqa: SLF001
         made = wrap(cls, parts[0].shape, dtype=dtype, device=device)
         made.parts, made.source = tuple(parts), source
-        return made  # type: ignore[no-any-return]
+        return made
 
-    def remade(self, parts: Sequence[Tensor]) -> Self:
-        """The same kind of numbers with other parts."""
-        return type(self)(parts, self.source, self.dtype, self.device)
+    def remade(
+        self, parts: Sequence[Tensor], dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> Self:
+        """The same kind of numbers with other parts, dtype or device."""
+        return self.made(parts, self.source, dtype or self.dtype, device or self.device)
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:
+        del tensor_contents
         return f"{type(self).__name__}(shape={tuple(self.shape)})"
 
     @classmethod
@@ -107,7 +124,7 @@ class Lazy(Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         del types
@@ -120,14 +137,16 @@ class Lazy(Tensor):
 def unanswerable(func: Any, kind: type[Lazy]) -> NotEnumerable:
     """The error that names an operator."""
     return NotEnumerable(
-        f"{func.overloadpacket.__name__} of {kind.kind} cannot be enumerated; compare a uniform random number "
-        "with a threshold, take the argmax of a race, or draw by torch.multinomial"
+        f"{func.overloadpacket.__name__} of {kind.kind} cannot be enumerated; compare a uniform random "
+        "number with a threshold, take the argmax of a race, or draw by torch.multinomial"
     )
 
 
 def _rearranged(func: Any, *args: Any, **kwargs: Any) -> Any:
     """An operator that only moves elements about, on each of the parts."""
-    leaves = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.is_floating_point()]
+    leaves = [
+        x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.is_floating_point()
+    ]
     first = next(x for x in leaves if isinstance(x, Lazy))
     if any(type(x) is not type(first) for x in leaves):
         raise unanswerable(func, type(first))
@@ -152,7 +171,7 @@ def _copied(func: Any, x: Lazy, *_: Any, **kwargs: Any) -> Lazy:
     dtype = kwargs.get("dtype") or x.dtype
     if not dtype.is_floating_point:
         raise NotEnumerable(f"{func.overloadpacket.__name__}: {x.kind} became {dtype} before it was used")
-    return type(x)(x.parts, x.source, dtype, kwargs.get("device") or x.device)
+    return x.remade(x.parts, dtype, kwargs.get("device"))
 
 
 MOVES: Mapping[Any, Handler] = {
@@ -193,7 +212,7 @@ def _compared(func: Any, left: Any, right: Any) -> Tensor:
     answers = []
     for t, *numbers in zip(*(part.flatten().tolist() for part in (limits, *parts)), strict=True):
         index, scale, shift = numbers
-        if t != t:  # noqa: PLR0124  (NaN, with which nothing compares)
+        if math.isnan(t):  # nothing compares with it
             answers.append(False)
         elif scale == 0:
             answers.append(getattr(operator, name)(*((t, shift) if flipped else (shift, t))))
@@ -252,15 +271,16 @@ def _bucketed(func: Any, values: Any, boundaries: Any, **kwargs: Any) -> Tensor:
     return _searched(func, boundaries, values, **kwargs)
 
 
-def _logarithm(func: Any, x: LazyUniform) -> Lazy:
+def _logarithm(func: Any, x: LazyUniform) -> Tensor:
     """-log(u) is exponential, the start of a race."""
     from harness.evidence.races import exponentials
 
     ids, scale, shift = x.parts
-    if not (bool((scale == 1).all() and (shift == 0).all()) or bool((scale == -1).all() and (shift == 1).all())):
+    if not (
+        bool((scale == 1).all() and (shift == 0).all()) or bool((scale == -1).all() and (shift == 1).all())
+    ):
         raise unanswerable(func, LazyUniform)
-    x.source.spend(ids)
-    return -exponentials(x.source, ids.shape, x.dtype, x.device)
+    return exponentials(x.source, ids.shape, x.dtype, x.device, ids).neg()
 
 
 LazyUniform.handlers = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import get_args
@@ -15,28 +16,51 @@ from harness.reference.engine import (
     Arrival,
     Completion,
     Engine,
+    Iteration,
     Limits,
+    Live,
     Method,
     Request,
     Sampling,
     Served,
     Speculation,
+    Streamed,
 )
 from harness.spec.architecture import Architecture
 
 
-@dataclass(frozen=True)
+@dataclass
 class EngineSession:
-    """A Session that is an engine in this process."""
+    """A Session that is an engine in this process: use either `run` or `stream`."""
 
     engine: Engine
+    _live: Live | None = None
+    _starting: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self, arrivals: Sequence[Arrival]) -> Served:
         """Serve them all to their end."""
         return self.engine.run(arrivals)
 
+    def stream(self, request: Request) -> Streamed:
+        """Ask a thread that steps the engine, and wait for the end."""
+        with self._starting:
+            self._live = self._live or Live(self.engine)
+        return self._live.stream(request)
+
+    @property
+    def timeline(self) -> Sequence[Iteration]:
+        """Every iteration so far."""
+        return self.engine.timeline
+
+    @property
+    def slots(self) -> int:
+        """Requests that can run at the same time."""
+        return self.engine.limits.sequences
+
     def close(self) -> None:
-        """Nothing is held outside of this process."""
+        """End the thread, if there is one."""
+        if self._live is not None:
+            self._live.close()
 
 
 @dataclass(eq=False)
@@ -54,8 +78,10 @@ class ReferenceUnderTest:
     def capabilities(self) -> frozenset[Capability]:
         """Everything; what concerns routers only where there are some."""
         dense: frozenset[Capability] = frozenset(
-            ("parameters", "forward", "cache", "gradients", "weights")
-            + ("generate", "enumerable", "speculate", "serve", "limits")
+            (
+                *("parameters", "forward", "cache", "gradients", "weights"),
+                *("generate", "enumerable", "speculate", "serve", "limits"),
+            )
         )
         if self.model.architecture.moe is None:
             return dense

@@ -1,5 +1,5 @@
-"""From a string to an implementation: `reference`, `mutant:NAME`, `transformers:NAME[,key=value...]`, or
-`package.module:factory` for a stranger's own."""
+"""From a string to an implementation: `reference`, `mutant:NAME`, `transformers:NAME[,key=value...]`,
+`openai:URL[,key=value...]`, or `package.module:factory` for a stranger's own."""
 
 from __future__ import annotations
 
@@ -45,11 +45,13 @@ def resolve(address: str) -> Implementation:
         return _mutant(rest)
     if kind == "transformers" and colon:
         return _transformers(rest)
+    if kind == "openai" and colon:
+        return _openai(rest)
     if not colon or not rest:
         hint = did_you_mean(address, names())
         raise AdapterError(
             f"there is no implementation {address!r}{hint}; "
-            "say reference, mutant:NAME, transformers:NAME or package.module:factory"
+            "say reference, mutant:NAME, transformers:NAME, openai:URL or package.module:factory"
         )
     return _factory(kind, rest)
 
@@ -103,6 +105,16 @@ def _transformers(rest: str) -> Implementation:
     from harness.implementations.transformers import TransformersImplementation
 
     return TransformersImplementation.of(family, experts=chosen["experts"], attention=chosen["attention"])
+
+
+def _openai(rest: str) -> Implementation:
+    try:
+        from harness.implementations.openai import connect
+    except ModuleNotFoundError as error:
+        if error.name != "httpx2":
+            raise
+        raise AdapterError("openai: needs 'httpx2', absent here; pip install 'moe-harness[http]'") from error
+    return connect(rest)
 
 
 def _factory(module_name: str, attribute: str) -> Implementation:

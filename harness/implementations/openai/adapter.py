@@ -3,7 +3,7 @@
     openai:http://127.0.0.1:8000/v1[,model=NAME][,tokens=PATH][,plain=URL][,...]
 
     model=NAME        default: the first that GET /models lists
-    tokens=PATH       JSON list of the tokens' strings by id, single characters (`moe-harness tiny` writes one);
+    tokens=PATH       JSON list of the tokens' strings by id, each a character (`moe-harness tiny` writes it);
                       tokens=text compares completions as text, where no better is to be had
     vocab=N           size of the vocabulary, for a server that takes and gives token ids
     plain=URL         the same server without speculation: requests without speculation go there
@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 
@@ -50,7 +50,8 @@ DEFAULTS = {
     "concurrency": "16",
 }
 """What may follow the URL."""
-In, Out = TypeVar("In"), TypeVar("Out")
+In = TypeVar("In")
+Out = TypeVar("Out")
 
 
 def connect(rest: str) -> OpenAIImplementation:
@@ -133,7 +134,7 @@ class OpenAIModel:
         """The one that the server was started with."""
         return frozenset(() if self.plain is None else (self.method,))
 
-    def load_draft(self, architecture: Architecture, weights: Mapping[str, torch.Tensor]) -> None:
+    def load_draft(self, architecture: Architecture, weights: Mapping[str, Any]) -> None:  # noqa: ARG002
         """A server keeps its own draft: raises Unsupported."""
         raise Unsupported("a server keeps the draft that it was started with")
 
@@ -208,7 +209,12 @@ class OpenAIImplementation:
         return f"openai:{self.server.transport.url}"
 
     def build(
-        self, architecture: Architecture | None, *, device: str, dtype: torch.dtype, seed: int
+        self,
+        architecture: Architecture | None,
+        *,
+        device: str,  # noqa: ARG002
+        dtype: torch.dtype,  # noqa: ARG002
+        seed: int,  # noqa: ARG002
     ) -> OpenAIModel:
         """The server as it is. Raises Unsupported for an architecture: a server has its own."""
         if architecture is not None:

@@ -1,9 +1,10 @@
 """One endpoint and what it offers: requests in, completions out, from many threads at once.
 
-The serving benchmark uses `stream(request) -> Streamed(completion, sent_at, chunks, ended_at)` of a session (or of
-this class): `chunks` are pairs of the time at which a chunk came (time.perf_counter, seconds) and the tokens in
-it. A request that fails ends with finish_reason "error", a sentence, and the tokens that had come; only what is
-nobody's fault raises (Unsupported: a setting that is not offered, the budget of requests spent).
+The serving benchmark uses `stream(request) -> Streamed(completion, sent_at, chunks, ended_at)`, of a
+session or of this class: `chunks` are pairs of the time at which a chunk came (time.perf_counter, seconds)
+and the tokens in it. A request that fails ends with finish_reason "error", a sentence, and the tokens that
+had come; only what is nobody's fault raises (Unsupported: a setting that is not offered, the budget of
+requests spent).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a server takes, found by asking it.
 
-Standard fields are believed until they are refused; extensions and prompts of token ids likewise. A field that is
-accepted and has no effect is a property's to find: only an answer of status 400 to 499 counts as a refusal.
+Standard fields are believed until they are refused; extensions and prompts of token ids likewise. A field
+that is accepted and has no effect is a property's to find: only a status of 400 to 499 counts as a refusal.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class _Asking:
         return ""
 
     def taken(self, names: Iterable[str]) -> tuple[list[str], dict[str, str]]:
-        """Which of these are taken, and the sentences that refuse the others: all at once, else one by one."""
+        """Which are taken, and the sentences that refuse the others: all at once, else one by one."""
         wanted = {name: {self.names.get(name, name): self.tried[name]} for name in names}
         together = {key: value for pair in wanted.values() for key, value in pair.items()}
         if not self.refusal(together):

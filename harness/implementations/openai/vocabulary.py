@@ -1,9 +1,9 @@
 """Token ids of a server that answers text.
 
-Letters: V vocabulary. Two ways. `Table`: the strings of all tokens are known, and every token that can be read
-back is a single character, so that text and ids are one and the same (the tiny models that `moe-harness tiny`
-writes). `Bytes`: nothing is known; completions are compared as text, its UTF-8 bytes taken for token ids
-(V = 256). Lengths in bytes are not lengths in tokens: see `exact`.
+Letters: V vocabulary. `Table`: the strings of all tokens are known, and every token that can be read back
+is a single character, so that text and ids say the same (the models that `moe-harness tiny` writes). `Ids`:
+the server takes ids and gives ids. `Bytes`: nothing is known; completions are compared as text, the bytes
+of its UTF-8 taken for token ids (V = 256), and lengths are not lengths in tokens.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Requests and completions as JSON of /v1/completions, both ways.
 
-Fields that OpenAI's reference documents go out under its names; extensions under those of vLLM, or of llama.cpp's
-server where that answers. Neutral values are sent too: servers have defaults of their own for top_k or min_p.
+Fields that OpenAI's reference documents go out under its names; extensions under those of vLLM, or of
+llama.cpp where that answers. Neutral values are sent too: servers have defaults of their own for top_k or
+min_p.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 from harness.implementations.openai.transport import Failure
 from harness.implementations.openai.vocabulary import Vocabulary
 from harness.implementations.protocols import Unsupported
-from harness.reference.engine import Completion, FinishReason, Request, Sampling
+from harness.reference.engine import Completion, Request, Sampling
+from harness.reference.engine.values import FinishReason
 
 STANDARD = (
     "temperature",

@@ -32,7 +32,10 @@ def write(model: TinyModel, folder: Path) -> None:
 
 
 def tokenizer(size: int) -> Any:
-    """A tokenizer of transformers with one character per token; another character reads as the last token."""
+    """A tokenizer of transformers with one character per token; another character reads as the last token.
+
+    No token is special, so that none is left out of a text: generation_config.json says which one ends it.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     strings = characters(size)
@@ -42,7 +45,6 @@ def tokenizer(size: int) -> Any:
     inner.decoder = decoders.Fuse()
     return library().PreTrainedTokenizerFast(
         tokenizer_object=inner,
-        eos_token=strings[EOS],
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )

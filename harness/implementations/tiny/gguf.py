@@ -85,11 +85,11 @@ def tensors(model: TinyModel) -> Iterator[tuple[str, Tensor]]:
         paired = neighbours and name in ("attention.q", "attention.k")
         yield (
             f"{layer}{NAMES[name]}.weight",
-            _neighbouring(tensor, a.attention.head_dim) if paired else tensor,
+            neighbouring(tensor, a.attention.head_dim) if paired else tensor,
         )
 
 
-def _neighbouring(rows: Tensor, head_dim: int) -> Tensor:
+def neighbouring(rows: Tensor, head_dim: int) -> Tensor:
     """[H h, D], dimensions j and j + h/2 paired -> the same with the pair side by side."""
     return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 

@@ -186,7 +186,7 @@ class Generation:
         )
         more = dict(assistance)
         if first.stop:
-            more.setdefault("tokenizer", words.tokenizer(range(self.vocab_size)))
+            more.setdefault("tokenizer", words.tokenizer(range(self.vocab_size), probe=words.PROBE))
         with borrowed(self.generator), torch.no_grad():
             output = self.module.generate(
                 torch.tensor(rows, device=device),

@@ -16,11 +16,16 @@ def text(tokens: Sequence[int]) -> str:
     return "".join(chr(FIRST + token) for token in tokens)
 
 
-def tokenizer(meanings: Iterable[int]) -> Any:
-    """A tokenizer whose id j is the character of token meanings[j]."""
+PROBE = "abcdef"
+"""What transformers' stop strings expect any tokenizer to know: it decodes each token behind this prefix."""
+
+
+def tokenizer(meanings: Iterable[int], *, probe: str = "") -> Any:
+    """A tokenizer whose id j is the character of token meanings[j]; the letters of `probe` come after them."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {text((meaning,)): j for j, meaning in enumerate(meanings)}
+    vocabulary |= {letter: len(vocabulary) + j for j, letter in enumerate(probe)}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token=next(iter(vocabulary))))
     made.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     made.decoder = decoders.Fuse()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from harness.reference.engine.engine import Engine
+from harness.reference.engine.live import Live
 from harness.reference.engine.values import (
     Arrival,
     Completion,
@@ -24,6 +25,7 @@ __all__ = [
     "Grammar",
     "Iteration",
     "Limits",
+    "Live",
     "Method",
     "Request",
     "Sampling",

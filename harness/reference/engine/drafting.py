@@ -62,10 +62,11 @@ class Remembered:
 class Reader:
     """A model that reads growing, and sometimes shrinking, sequences without reading anything twice."""
 
-    def __init__(self, model: Extends, context: int) -> None:
+    def __init__(self, whole: ReferenceModel, model: Extends) -> None:
+        """model: `whole`, or the part of it that reads."""
         self.model = model
-        self.context = context
-        """Tokens that it can read at most."""
+        self.context = whole.architecture.max_positions
+        self.device = next(whole.parameters()).device
         self.memory: dict[int, Remembered] = {}
 
     def read(self, key: int, tokens: Sequence[int], last: int = 1) -> Tensor:
@@ -78,11 +79,11 @@ class Reader:
             raise NoToken(f"a sequence of {have} tokens cannot be drafted for; {last} to {most} can be read")
         kept = self.rollback(self.memory.get(key), tokens[: len(tokens) - last])
         done = 0 if kept is None else len(kept.tokens)
-        fresh = torch.tensor([list(tokens[done:])])
+        fresh = torch.tensor([list(tokens[done:])], device=self.device)
         with torch.no_grad():
             logits, cache = self.model.extend(fresh, None if kept is None else kept.cache)
         self.memory[key] = Remembered(tuple(tokens), cache)
-        return logits[0, -last:]
+        return logits[0, -last:].cpu()
 
     def rollback(self, memory: Remembered | None, tokens: Sequence[int]) -> Remembered | None:
         """What was read of `tokens` before: rejected drafts and what was read after them are cut off."""

@@ -7,7 +7,6 @@ V vocabulary.
 from __future__ import annotations
 
 import collections
-import math
 import time
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
@@ -53,8 +52,8 @@ class Row:
 class Engine:
     """Speculative decoding under continuous batching over one model.
 
-    Its parts are `sampler`, `stopper`, `verifier`, `proposer` (None without speculation), `pool` and `scheduler`.
-    Requests of which one has a seed draw from generators of their own; the others share `generator`.
+    Its parts are `sampler`, `stopper`, `verifier`, `proposer` (None without speculation), `pool` and
+    `scheduler`. A request with a seed draws from a generator of its own; the others share `generator`.
     """
 
     def __init__(
@@ -92,7 +91,7 @@ class Engine:
         return max(0, min(self.speculation.length, sequence.room - 1, self.limits.chunk - 1))
 
     def run(self, arrivals: Many[Arrival]) -> Served:
-        """Serve them all to their end; each comes before the pass whose number, from 0, is at least its `at`."""
+        """Serve them all to their end. Time is counted in passes; idle time is skipped."""
         self.timeline = []
         order = sorted(range(len(arrivals)), key=lambda i: arrivals[i].at)
         coming = collections.deque(order)
@@ -102,12 +101,14 @@ class Engine:
             while coming or self.scheduler.busy:
                 while coming and not arrivals[coming[0]].at > clock:
                     i = coming.popleft()
-                    served[i] = self.add(arrivals[i].request, arrival=i, cancel_after=arrivals[i].cancel_after)
+                    served[i] = self.add(
+                        arrivals[i].request, arrival=i, cancel_after=arrivals[i].cancel_after
+                    )
                 if self.scheduler.busy:
                     self.step()
                     clock += 1
                 elif coming:
-                    clock = max(clock, float(math.ceil(arrivals[coming[0]].at)))
+                    clock = arrivals[coming[0]].at
         finally:
             for sequence in served.values():
                 if sequence.completion is None:
@@ -143,15 +144,15 @@ class Engine:
         self.leave(sequence)
 
     def step(self) -> None:
-        """One pass of the target: schedule, propose, compute, decide. Raises RuntimeError where nothing moves."""
+        """One pass of the target: schedule, propose, compute, decide. Raises RuntimeError if nothing moves."""
         work = self.scheduler.schedule()
         for sequence in self.scheduler.preempted:
             self.forget(sequence)
         if not work:
             raise RuntimeError("no request can go on: the scheduler found nothing to compute")
         rows = [row for item in work if (row := self.prepare(item)) is not None]
-        self.record(rows)
         if rows:
+            self.record(rows)
             for row, logits in zip(rows, self.compute(rows), strict=True):
                 self.advance(row, logits)
 
@@ -183,12 +184,11 @@ class Engine:
         positions = torch.where(real, torch.tensor(pasts)[:, None] + column, 0)
         logits, cache = self.forward(tokens, past, real, positions)
         slots = [
-            slot
+            self.pool.slots(sequence.pages, start, start + length)
             for sequence, start, length in zip(sequences, pasts, lengths, strict=True)
-            for slot in self.pool.slots(sequence.pages, start, start + length)
         ]
-        row, place = real.to(self.device).nonzero(as_tuple=True)
-        self.pool.write(slots, cache, row, past.length + place)
+        row, place = real.nonzero(as_tuple=True)
+        self.pool.write(torch.cat(slots), cache, row, past.length + place)
         for sequence, length in zip(sequences, lengths, strict=True):
             sequence.computed += length
         return [logits[i, :length] for i, length in enumerate(lengths)]
@@ -286,8 +286,8 @@ def check(model: ReferenceModel, limits: Limits, speculation: Speculation | None
     moe = model.architecture.moe
     if moe is not None and moe.router.capacity_factor is not None:
         raise ValueError(
-            "moe.router.capacity_factor: tokens of one pass compete for capacity, so a request's tokens would "
-            "depend on its neighbours; serve the architecture without it"
+            "moe.router.capacity_factor: the tokens of a pass compete for capacity, so that a request would "
+            "depend on its neighbours; an architecture without it is needed"
         )
     for name in ("sequences", "page_size", "pages", "chunk"):
         if getattr(limits, name) < 1:

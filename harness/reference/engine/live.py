@@ -70,15 +70,13 @@ class Live:
 
     def _loop(self) -> None:
         serving: dict[Sequence, Client] = {}
-        numbers = 0
         try:
             while not self._closed.is_set():
                 while not (serving and self._inbox.empty()):
                     client = self._inbox.get()
                     if client is None:
                         return
-                    serving[self.engine.add(client.request, index=numbers)] = client
-                    numbers += 1
+                    serving[self.engine.add(client.request)] = client
                 if self.engine.scheduler.busy:
                     self.engine.step()
                 serving = {one: client for one, client in serving.items() if not client.receive(one)}

@@ -1,6 +1,6 @@
 """Keys and values in pages, and the prefixes that requests share (arXiv 2309.06180, section 4).
 
-Letters: B sequences, P tokens of the longest past, N new tokens, G key/value heads, W width of a head's keys or
+Letters: B sequences, P tokens of the longest past, N tokens, G key/value heads, W width of a head's keys or
 values. A slot is the place of one token: page * page_size + its place in the page.
 """
 
@@ -20,7 +20,7 @@ Key = tuple[str, tuple[int, ...]]
 
 
 def widths(a: Architecture) -> tuple[tuple[int, int], tuple[int, int]]:
-    """[G, W] of the keys and of the values of one token in one layer, as `harness.reference.trace` has them."""
+    """[G, W] of one token's keys and of its values in one layer, as `harness.reference.trace` has them."""
     mla = a.attention.mla
     if mla is not None:
         return (1, mla.qk_rope_head_dim), (1, mla.kv_lora_rank)
@@ -44,7 +44,7 @@ class PagePool:
         self.keys = [torch.zeros(slots, *keys, device=device, dtype=dtype) for _ in range(a.n_layers)]
         self.values = [torch.zeros(slots, *values, device=device, dtype=dtype) for _ in range(a.n_layers)]
         self.pages, self.page_size, self.device = pages, page_size, device
-        self.free = list(range(pages))
+        self.free = list(reversed(range(pages)))
         self.references = [0] * pages
         self.shared: dict[Key, int] = {}
         self.key_of: dict[int, Key] = {}
@@ -94,7 +94,7 @@ class PagePool:
         """
         if not self.free:
             self.evict()
-        page = self.free.pop(0)
+        page = self.free.pop()
         self.references[page] = 1
         return page
 
@@ -107,7 +107,7 @@ class PagePool:
         self.free.append(page)
 
     def release(self, pages: Sequence[int]) -> None:
-        """One sequence holds them no more. Later pages are evicted first: without them the earlier are of use."""
+        """One sequence holds them no more. Its last pages are evicted first: the others are of use without."""
         for page in reversed(pages):
             self.references[page] -= 1
             if self.references[page] == 0:
@@ -117,16 +117,16 @@ class PagePool:
                     self.free.append(page)
 
     def publish(self, page: int, tokens: Sequence[int], salt: str) -> None:
-        """A full page, whose last token is the last of `tokens`, may be shared; the first of a key is kept."""
+        """A full page, whose last token is the last of `tokens`, may be shared; the first of a key stays."""
         key = self.key(tokens, salt)
         if key not in self.shared and page not in self.key_of:
             self.shared[key] = page
             self.key_of[page] = key
 
-    def slots(self, pages: Sequence[int], start: int, end: int) -> list[int]:
-        """Slots of a sequence's tokens start .. end - 1."""
-        size = self.page_size
-        return [pages[i // size] * size + i % size for i in range(start, end)]
+    def slots(self, pages: Sequence[int], start: int, end: int) -> Tensor:
+        """Slots [end - start] int64 of the tokens from `start` to before `end` of the holder of `pages`."""
+        first = torch.tensor(pages, dtype=torch.int64) * self.page_size
+        return (first[:, None] + torch.arange(self.page_size)).flatten()[start:end]
 
     def gather(self, pages: Sequence[Sequence[int]], lengths: Sequence[int]) -> Cache:
         """The past of B sequences, of `lengths` tokens each, as a cache padded on the right to [B, P].
@@ -137,7 +137,7 @@ class PagePool:
         real = torch.arange(past)[None] < torch.tensor(lengths)[:, None]
         slots = torch.zeros(len(lengths), past, dtype=torch.int64)
         for row, (held, length) in enumerate(zip(pages, lengths, strict=True)):
-            slots[row, :length] = torch.tensor(self.slots(held, 0, length), dtype=torch.int64)
+            slots[row, :length] = self.slots(held, 0, length)
         slots, real = slots.to(self.device), real.to(self.device)
         padding = ~real[..., None, None]
         layers = (
@@ -146,9 +146,9 @@ class PagePool:
         )
         return Cache(tuple(layers), real)
 
-    def write(self, slots: Sequence[int], cache: Cache, rows: Tensor, columns: Tensor) -> None:
-        """Put the keys and values at [rows, columns] of a cache, N of each, into N slots."""
-        where = torch.tensor(slots, dtype=torch.int64, device=self.device)
+    def write(self, slots: Tensor, cache: Cache, rows: Tensor, columns: Tensor) -> None:
+        """Put the keys and values at [rows, columns] of a cache into slots; all three are [N]."""
+        slots, rows, columns = (part.to(self.device) for part in (slots, rows, columns))
         for layer, keys, values in zip(cache.layers, self.keys, self.values, strict=True):
-            keys[where] = layer.keys[rows, columns]
-            values[where] = layer.values[rows, columns]
+            keys[slots] = layer.keys[rows, columns]
+            values[slots] = layer.values[rows, columns]

@@ -132,32 +132,45 @@ def make(
     speculation: Speculation, target: ReferenceModel, draft: ReferenceModel | None, sampler: Sampler
 ) -> Proposer:
     """The proposer of a method. Raises ValueError where something that it needs is missing or wrong."""
+    check(speculation, target, draft)
     vocab_size = target.architecture.vocab_size
-    if speculation.length < 1:
-        raise ValueError(f"speculation.length is {speculation.length}; at least 1 is needed")
     lookup = PromptLookup(speculation.ngram, vocab_size)
     match speculation.method:
         case "prompt_lookup":
             return lookup
         case "self_draft":
-            return Drafter(Reader(target, target.architecture.max_positions), sampler, vocab_size)
+            return Drafter(Reader(target, target), sampler, vocab_size)
         case "early_exit":
-            if not 1 <= speculation.layers <= target.architecture.n_layers:
-                have, most = speculation.layers, target.architecture.n_layers
-                raise ValueError(f"speculation.layers is {have}; 1 to {most} are needed")
-            first = FirstLayers(target, speculation.layers)
-            return Drafter(Reader(first, target.architecture.max_positions), sampler, vocab_size)
+            return Drafter(Reader(target, FirstLayers(target, speculation.layers)), sampler, vocab_size)
+    assert draft is not None  # checked above
+    reader = Reader(draft, draft)
+    match speculation.method:
+        case "universal":
+            return Drafter(Translated(reader, speculation.vocabulary, vocab_size), sampler, vocab_size)
+        case "staged":
+            return Staged(reader, lookup, sampler)
+        case "draft_model":
+            return Drafter(reader, sampler, vocab_size)
+
+
+def check(speculation: Speculation, target: ReferenceModel, draft: ReferenceModel | None) -> None:
+    """Raise ValueError where a speculation contradicts itself or its models."""
+    s, a, method = speculation, target.architecture, f'speculation by "{speculation.method}"'
+    if s.length < 1 or s.ngram < 1:
+        raise ValueError(f"speculation.length is {s.length} and ngram {s.ngram}; each must be at least 1")
+    if s.method == "early_exit" and not 1 <= s.layers <= a.n_layers:
+        raise ValueError(f"speculation.layers is {s.layers}; it must be from 1 to {a.n_layers}")
+    if s.method in ("prompt_lookup", "self_draft", "early_exit"):
+        return
     if draft is None:
-        raise ValueError(f'speculation by "{speculation.method}" needs a draft model, and none was loaded')
-    reader = Reader(draft, draft.architecture.max_positions)
+        raise ValueError(f"{method} needs a draft model, and none was loaded")
     drafted = draft.architecture.vocab_size
-    if speculation.method == "universal":
-        if len(speculation.vocabulary) != drafted:
-            have = len(speculation.vocabulary)
-            raise ValueError(f"speculation.vocabulary has {have} entries; the draft has {drafted} tokens")
-        return Drafter(Translated(reader, speculation.vocabulary, vocab_size), sampler, vocab_size)
-    if drafted != vocab_size:
-        raise ValueError(f'the draft has {drafted} tokens, the target {vocab_size}; that needs "universal"')
-    if speculation.method == "staged":
-        return Staged(reader, lookup, sampler)
-    return Drafter(reader, sampler, vocab_size)
+    if s.method != "universal" and drafted != a.vocab_size:
+        raise ValueError(f"{method} needs one vocabulary; the draft has {drafted} tokens, not {a.vocab_size}")
+    if s.method == "universal" and len(s.vocabulary) != drafted:
+        have = len(s.vocabulary)
+        raise ValueError(f"speculation.vocabulary has {have} entries; it needs one for each of {drafted}")
+    if any(token >= a.vocab_size for token in s.vocabulary):
+        raise ValueError(
+            f"speculation.vocabulary leads to {max(s.vocabulary)}; the target has {a.vocab_size}"
+        )

@@ -92,7 +92,7 @@ class Sampler:
         """Subtracted once from the logits of tokens generated."""
         if sampling.presence_penalty == 0:
             return z
-        return z - sampling.presence_penalty * (_counts(generated, z) > 0)
+        return z - sampling.presence_penalty * _counts(generated, z).clamp(max=1)
 
     def frequency_penalty(self, z: Tensor, sampling: Sampling, generated: Sequence[int]) -> Tensor:
         """Subtracted from the logits of tokens generated, once for each time."""

@@ -1,8 +1,8 @@
 """Which sequences run, and how many tokens of each the next pass of the model computes.
 
 Continuous batching (Orca, OSDI 2022, section 3.2): a request takes a slot as soon as one is free, whatever
-the others are doing. Chunked prefill (arXiv 2308.16369): long prompts are computed in pieces, so that they never
-hold up those that decode. Preemption by recomputation (arXiv 2309.06180, section 4.5).
+the others are doing. Chunked prefill (arXiv 2308.16369): long prompts are computed in pieces, so that they
+never hold up those that decode. Preemption by recomputation (arXiv 2309.06180, section 4.5).
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ class Scheduler:
     def admit(self) -> None:
         """Free slots to those that wait, in order; the first that lacks pages holds up those behind it.
 
-        It is not overtaken, as smaller ones might come for ever. A static batch starts when all slots are free.
+        It is not overtaken, as smaller ones might come for ever. A static batch starts when all slots are
+        free.
         """
         if self.limits.batching == "static" and self.running:
             return
@@ -111,7 +112,7 @@ class Scheduler:
                 self.slots[slot] = self.waiting.pop(0)
 
     def place(self, sequence: Sequence) -> bool:
-        """Pages for all that it knows, shared ones first; False, and nothing taken, where there are too few."""
+        """Pages for all that it knows, shared ones first; False, and nothing taken, if there are too few."""
         pool = self.pool
         tokens = sequence.tokens
         found = pool.find(tokens, sequence.request.salt) if self.limits.prefix_sharing else []
@@ -165,7 +166,7 @@ class Scheduler:
             self.pool.publish(sequence.pages[page], tokens[:end], sequence.request.salt)
 
     def leave(self, sequence: Sequence) -> None:
-        """Its pages are free for others, and its slot, unless a static batch holds it; or it waits no more."""
+        """Its pages are free for others, and its slot unless a static batch holds it; or it waits no more."""
         self.pool.release(sequence.pages)
         sequence.pages, sequence.computed = [], 0
         if sequence in self.waiting:
@@ -174,5 +175,5 @@ class Scheduler:
         self.slots = [None if s is sequence and not held else s for s in self.slots]
 
     def shown(self) -> tuple[int, ...]:
-        """The arrivals in the slots, in order of the slots; -1 where a static batch holds one that has ended."""
+        """The arrivals in the slots, in their order; -1 where a static batch holds one that has ended."""
         return tuple(s.arrival if s.completion is None else -1 for s in self.slots if s is not None)

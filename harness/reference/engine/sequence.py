@@ -80,11 +80,12 @@ def problem(request: Request, vocab_size: int, positions: int, slots: int) -> st
     positions: tokens of the longest context. slots: tokens whose keys and values the pool can hold.
     """
     prompt, wanted = len(request.prompt), request.max_tokens
-    foreign = [token for token in request.prompt if not 0 <= token < vocab_size]
     if not prompt:
         return "the prompt is empty; it needs at least one token"
-    if foreign:
-        return f"prompt: token {foreign[0]} is not in the vocabulary of 0 to {vocab_size - 1}"
+    for name, tokens in (("prompt", request.prompt), ("eos", request.eos)):
+        for token in tokens:
+            if not 0 <= token < vocab_size:
+                return f"{name}: token {token} is not in the vocabulary of 0 to {vocab_size - 1}"
     if wanted < 1:
         return f"max_tokens is {wanted}; it must be at least 1"
     if () in request.stop:

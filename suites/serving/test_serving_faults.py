@@ -1,0 +1,221 @@
+"""Faults: what goes wrong with one request is its own affair, and the engine goes on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from harness.conformance import Case, conformance, require
+from harness.conformance.property import Violation
+from harness.conformance.serving import (
+    GREEDY,
+    Agreement,
+    alone,
+    arrivals,
+    engine,
+    exact,
+    greedy,
+    honours,
+    independent,
+    offered,
+    prompts,
+    run,
+    same_all,
+    sized,
+    speculations,
+)
+from harness.reference.engine import Arrival, Completion, Grammar, Limits, Request, Sampling
+
+LIMITS = Limits(sequences=3, page_size=4, pages=24, chunk=16)
+BEYOND = 20_000
+"""Tokens that no small server's context holds, where the engine does not say what its own does."""
+
+
+def faults(case: Case, model: Any) -> dict[str, Request]:
+    """Requests that cannot be served, by what is wrong with them."""
+    (row,) = prompts(case, (5,))
+    fine = Request(row, 6, GREEDY)
+    context = BEYOND if case.architecture is None else case.architecture.max_positions
+    made = {
+        "an empty prompt": replace(fine, prompt=()),
+        "a token beyond the vocabulary": replace(fine, prompt=(*row, case.vocab_size)),
+        "a negative token": replace(fine, prompt=(-1, *row)),
+        "a prompt longer than the context": replace(fine, prompt=(row * context)[: context + 1]),
+        "max_tokens of -1": replace(fine, max_tokens=-1),
+    }
+    if "limits" in model.capabilities:
+        large = (row * context)[: min(LIMITS.pages * LIMITS.page_size + 1, context - 2)]
+        made["a prompt larger than the pool"] = replace(fine, prompt=large)
+        made["max_tokens of 0"] = replace(fine, max_tokens=0)
+    if honours(model, "temperature"):
+        made["a temperature that is no number"] = replace(fine, sampling=Sampling(temperature=math.nan))
+    if honours(model, "grammar", "logit_bias"):
+        # From its second token on nothing is possible: it goes wrong in the middle of its answer.
+        dead = Grammar((tuple((t, 1) for t in row[:1]), tuple((t, 1) for t in row[1:2])))
+        law = Sampling(temperature=0.0, grammar=dead, logit_bias=((row[1], -math.inf),))
+        made["a grammar without a way on"] = replace(fine, sampling=law)
+    return made
+
+
+def failed(answer: Completion, what: str) -> None:
+    """Raise Violation unless the request ended with an error of its own that says something."""
+    require(answer.finish_reason == "error", f"{what} ended with {answer.finish_reason!r}, not an error", stage="fault")
+    require(bool(answer.error.strip()), f"{what} ended with an error that says nothing", stage="fault")
+
+
+@conformance(
+    "serving.bad-requests-harm-nobody",
+    clause="engine.Request",
+    needs=("serve",),
+    kills=(),
+    applies=independent,
+)
+def test_bad_requests_harm_nobody(case: Case) -> None:
+    """Requests that cannot be served each end with an error, in turn and together, and others are answered alike."""
+    model = engine(case)
+    requests, bad = greedy(case, model, (5, 9, 4), (7, 5, 8)), faults(case, model)
+    wanted, agreement = alone(model, requests, sized(model, LIMITS)), Agreement(exact(model))
+    session = model.start(sized(model, LIMITS), speculation=None)
+    for what, fault in bad.items():
+        good = arrivals(model, requests, every=1.0)
+        found = run(session, [good[0], Arrival(fault, good[1].at), *good[1:]]).completions
+        same_all(agreement, [found[0], *found[2:]], wanted, requests, what=f"beside {what}", stage="fault")
+        failed(found[1], what)
+    found = run(session, [*bad.values(), *requests]).completions
+    same_all(agreement, found[len(bad) :], wanted, requests, what="after all of them", stage="fault")
+    found = run(session, requests).completions
+    session.close()
+    same_all(agreement, found, wanted, requests, what="in a later run", stage="fault")
+    agreement.noted(case)
+
+
+@conformance(
+    "serving.clients-that-leave-harm-nobody",
+    clause="engine.Arrival.cancel_after",
+    needs=("serve",),
+    kills=(),
+    applies=independent,
+)
+def test_clients_that_leave_harm_nobody(case: Case) -> None:
+    """Clients that leave before, at, and after the start of their answers get a beginning of it; others all of it."""
+    model = engine(case)
+    requests = greedy(case, model, (5, 17, 9, 4, 6), (8, 9, 5, 8, 7))
+    wanted, agreement = alone(model, requests, sized(model, LIMITS)), Agreement(exact(model))
+    session = model.start(sized(model, LIMITS), speculation=None)
+    for after in ((None, 0, None, 3, 1), (2, None, 4, 0, None), (0, 1, 2, 3, None)):
+        given = arrivals(model, requests, every=1.0)
+        given = [replace(one, cancel_after=count) for one, count in zip(given, after, strict=True)]
+        found = run(session, given).completions
+        stay = [i for i, count in enumerate(after) if count is None]
+        same_all(
+            agreement,
+            [found[i] for i in stay],
+            [wanted[i] for i in stay],
+            [requests[i] for i in stay],
+            what="beside clients that leave",
+            stage="fault",
+        )
+        for i, count in enumerate(after):
+            if count is not None:
+                left(found[i], wanted[i], count)
+    found = run(session, requests).completions
+    session.close()
+    same_all(agreement, found, wanted, requests, what="after clients that left", stage="fault")
+    agreement.noted(case)
+
+
+def left(answer: Completion, whole: Completion, count: int) -> None:
+    """Raise Violation unless the answer of a client that left after `count` tokens begins the whole one."""
+    ends = ("cancelled", whole.finish_reason)
+    what = f"the answer of a client that left after {count} tokens"
+    require(answer.finish_reason in ends, f"{what} ends with {answer.finish_reason!r} {answer.error}", stage="fault")
+    have = answer.tokens
+    require(have == whole.tokens[: len(have)], f"{what} is {list(have)}, no beginning of its own", stage="fault")
+    if answer.finish_reason == "cancelled":
+        return
+    require(len(have) == len(whole.tokens), f"{what} ends early, and says that it is whole", stage="fault")
+
+
+@conformance(
+    "serving.duplicates-are-all-answered",
+    clause="engine.serve",
+    needs=("serve",),
+    kills=(),
+    applies=independent,
+)
+def test_duplicates_are_all_answered(case: Case) -> None:
+    """The very same request several times at once, one of whose clients leaves, is answered as often, in order."""
+    model = engine(case)
+    requests = greedy(case, model, (6, 9), (6, 8))
+    first, second = requests
+    wanted, agreement = alone(model, requests, sized(model, LIMITS)), Agreement(exact(model))
+    session = model.start(sized(model, LIMITS), speculation=None)
+    order = (first, second, first, first, second)
+    given = [*arrivals(model, order), Arrival(first, cancel_after=2), Arrival(second, cancel_after=0)]
+    found = run(session, given).completions[: len(order)]
+    session.close()
+    answers = [wanted[requests.index(request)] for request in order]
+    same_all(agreement, found, answers, list(order), what="beside its duplicates", stage="fault")
+    agreement.noted(case)
+
+
+@conformance(
+    "serving.what-ends-gives-all-back",
+    clause="engine.Limits.pages",
+    needs=("serve", "limits"),
+    kills=(),
+    applies=independent,
+)
+def test_what_ends_gives_all_back(case: Case) -> None:
+    """After answers, errors, clients that left and preemptions, a request that needs every page is served."""
+    model = engine(case)
+    small = Limits(sequences=3, page_size=4, pages=8, chunk=16)
+    requests = greedy(case, model, (5, 9, 13, 6), (8, 5, 9, 7))
+    (row,) = prompts(case, (small.pages * small.page_size - 6,))
+    whole = offered(model, Request(row, 7, GREEDY, logprobs=True))
+    (wanted,), agreement = alone(model, [whole], small), Agreement(exact(model))
+    ways = {
+        "answers": requests,
+        "clients that left at once": [Arrival(r, i, cancel_after=0) for i, r in enumerate(requests * 2)],
+        "clients that left later": [Arrival(r, i, cancel_after=1 + i % 3) for i, r in enumerate(requests * 2)],
+        "errors": [fault for fault in faults(case, model).values() for _ in range(3)],
+    }
+    for sharing in (False, True):
+        session = model.start(replace(small, prefix_sharing=sharing), speculation=None)
+        for what, given in ways.items():
+            run(session, given)
+            found = run(session, [whole]).completions
+            same_all(agreement, found, [wanted], [whole], what=f"that fills the pool, after {what}", stage="pages")
+            full = run(session, arrivals(model, requests * 2)).completions
+            if any(answer.finish_reason != "length" for answer in full):
+                raise Violation(f"after {what} not all slots and pages are there again", stage="pages")
+        session.close()
+    agreement.noted(case)
+
+
+@conformance(
+    "serving.faults-under-speculation-harm-nobody",
+    clause="engine.Speculation",
+    needs=("serve", "speculate"),
+    kills=(),
+    applies=independent,
+)
+def test_faults_under_speculation_harm_nobody(case: Case) -> None:
+    """With drafts, too, bad requests and clients that leave neither change nor lose a neighbour's answer."""
+    model = engine(case)
+    requests, bad = greedy(case, model, (5, 9, 4), (7, 5, 8)), faults(case, model)
+    wanted, agreement = alone(model, requests, sized(model, LIMITS)), Agreement(exact(model))
+    for speculation in speculations(case, model, 2):
+        session = model.start(sized(model, LIMITS), speculation=speculation)
+        gone = [Arrival(request, cancel_after=count) for count, request in enumerate(requests)]
+        given = [*map(Arrival, bad.values()), *gone, *arrivals(model, requests, every=1.0)]
+        found = run(session, given).completions
+        again = run(session, requests).completions
+        session.close()
+        for what, answer in zip(bad, found, strict=False):
+            failed(answer, what)
+        what = f"beside faults, speculated by {speculation.method}"
+        same_all(agreement, found[-3:], wanted, requests, what=what, stage="fault")
+        same_all(agreement, again, wanted, requests, what=f"after {what}", stage="fault")
+    agreement.noted(case)

@@ -1,0 +1,141 @@
+"""Preemption: a request that loses its pages and is computed anew is answered as if it had kept them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from harness.conformance import Case, Void, conformance
+from harness.conformance.serving import (
+    Agreement,
+    alone,
+    arrivals,
+    counted,
+    engine,
+    exact,
+    greedy,
+    independent,
+    offered,
+    prompts,
+    same_all,
+    seeded,
+    serve,
+    speculations,
+)
+from harness.reference.engine import Completion, Grammar, Limits, Request, Sampling
+
+PAGE = 3
+ROOMY = Limits(1, PAGE)
+
+
+def tight(requests: Sequence[Request], slots: int) -> list[int]:
+    """Pool sizes in pages: `slots` of the largest at once exactly, one page less, and 100% full by one alone.
+
+    The last token of an answer is never fed back, so it needs no place.
+    """
+    each = sorted(-(-(len(r.prompt) + r.max_tokens - 1) // PAGE) for r in requests)
+    all_at_once = sum(each[-slots:])
+    return [all_at_once, all_at_once - 1, each[-1] + each[0], each[-1] + 1, each[-1]]
+
+
+def squeezed(
+    case: Case, requests: Sequence[Request], wanted: Sequence[Completion], *, stage: str, sharing: bool = False
+) -> None:
+    """Serve them from pools that are too small; each answer is the wanted one. Void if none was preempted."""
+    model, agreement, preempted = engine(case), Agreement(exact(engine(case))), 0
+    for pages in tight(requests, 4):
+        limits = Limits(4, PAGE, pages, prefix_sharing=sharing)
+        found = serve(model, arrivals(model, requests, every=0.5), limits).completions
+        same_all(agreement, found, wanted, requests, what=f"in a pool of {pages} pages", stage=stage)
+        preempted += counted(found, "preemptions")
+    case.note("preemptions", preempted)
+    if not preempted:
+        raise Void("no request was ever preempted")
+    agreement.noted(case)
+
+
+@conformance(
+    "serving.preemption-changes-nothing",
+    clause="engine.Limits.pages",
+    needs=("serve", "limits"),
+    kills=(),
+    applies=independent,
+)
+def test_preemption_changes_nothing(case: Case) -> None:
+    """Greedy requests give the same from pools of exact fit, one page less, and 100% full, as from a roomy one."""
+    model = engine(case)
+    requests = greedy(case, model, (7, 5, 9, 6, 4), (9, 8, 6, 10, 7))
+    for sharing in (False, True):
+        squeezed(case, requests, alone(model, requests, ROOMY), stage="preempt", sharing=sharing)
+
+
+@conformance(
+    "serving.preemption-keeps-the-seed",
+    clause="engine.Sampling.seed",
+    needs=("serve", "limits"),
+    kills=(),
+    applies=independent,
+)
+def test_preemption_keeps_the_seed(case: Case) -> None:
+    """A request with a seed goes on drawing where it was, after it lost its pages."""
+    model = engine(case)
+    requests = seeded(case, model, greedy(case, model, (7, 5, 9, 6, 4), (9, 8, 6, 10, 7)), 1.8)
+    squeezed(case, requests, alone(model, requests, ROOMY), stage="seed")
+
+
+@conformance(
+    "serving.preemption-keeps-the-settings",
+    clause="engine.Sampling",
+    needs=("serve", "limits"),
+    kills=(),
+    applies=independent,
+)
+def test_preemption_keeps_the_settings(case: Case) -> None:
+    """Penalties, grammars, ends and least lengths count on as before, after a request lost its pages."""
+    model = engine(case)
+    rows = prompts(case, (7, 5, 9, 6, 4, 5))
+    (some,) = prompts(case, (18,))
+    chosen = list(dict.fromkeys(some))[:12]
+    ring = Grammar(tuple(tuple((t, (i + 1) % 4) for t in chosen[3 * i : 3 * i + 3]) for i in range(4)))
+    often = tuple((token, 5.0) for token in chosen[:3])
+    laws = (
+        Sampling(temperature=0.0, logit_bias=often, frequency_penalty=1.3),
+        Sampling(temperature=1.0, logit_bias=often, presence_penalty=1.7),
+        Sampling(temperature=1.5, grammar=ring),
+        Sampling(temperature=0.0, logit_bias=often, repetition_penalty=1.6),
+        Sampling(temperature=1.2, logit_bias=often, frequency_penalty=0.7, repetition_penalty=1.2),
+        Sampling(temperature=0.0, logit_bias=often),
+    )
+    ends = (9, 8, 7, 10, 8, 9)
+    requests = [
+        Request(row, n, replace(law, seed=31 + i), logprobs=True)
+        for i, (row, n, law) in enumerate(zip(rows, ends, laws, strict=True))
+    ]
+    requests[5] = replace(requests[5], eos=(chosen[0],), min_tokens=7)
+    requests = [offered(model, request) for request in requests]
+    squeezed(case, requests, alone(model, requests, ROOMY), stage="settings")
+
+
+@conformance(
+    "serving.preemption-and-speculation-change-nothing",
+    clause="engine.Speculation",
+    needs=("serve", "limits", "speculate"),
+    kills=(),
+    applies=independent,
+)
+def test_preemption_and_speculation_change_nothing(case: Case) -> None:
+    """Greedy requests that are speculated and preempted give what they give without either."""
+    model = engine(case)
+    requests = greedy(case, model, (7, 5, 9, 6, 4), (9, 8, 6, 10, 7))
+    wanted, agreement = alone(model, requests, ROOMY), Agreement(exact(model))
+    for speculation in speculations(case, model):
+        preempted = drafted = 0
+        for pages in tight(requests, 4)[1:]:
+            limits = Limits(4, PAGE, pages)
+            found = serve(model, arrivals(model, requests, every=0.5), limits, speculation).completions
+            what = f"by {speculation.method} in a pool of {pages} pages"
+            same_all(agreement, found, wanted, requests, what=what, stage="preempt")
+            preempted, drafted = preempted + counted(found, "preemptions"), drafted + counted(found, "drafted")
+        if not preempted or not drafted:
+            raise Void(f"{speculation.method}: {preempted} preemptions and {drafted} drafted tokens")
+    agreement.noted(case)

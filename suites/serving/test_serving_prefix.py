@@ -1,0 +1,284 @@
+"""Shared prefixes: what was cached for one request is worth what another would compute, or is not used.
+
+A page holds `PAGE` tokens; a full page is shared, and the prompt's last token is always computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from harness.conformance import Case, Void, conformance, require
+from harness.conformance.serving import (
+    GREEDY,
+    Agreement,
+    alone,
+    arrivals,
+    ask_for,
+    counted,
+    engine,
+    exact,
+    greedy,
+    independent,
+    offered,
+    prompts,
+    run,
+    same_all,
+    seeded,
+    sized,
+    speculations,
+)
+from harness.reference.engine import Arrival, Completion, Limits, Request
+
+PAGE = 4
+SHARING = Limits(page_size=PAGE)
+APART = Limits(page_size=PAGE, prefix_sharing=False)
+
+
+def one_by_one(session: Any, requests: Sequence[Request]) -> list[Completion]:
+    """Each request after the end of the one before, in one session."""
+    return [run(session, [request]).completions[0] for request in requests]
+
+
+def hits(case: Case, answers: Sequence[Completion]) -> None:
+    """Note how many tokens were found in the cache; Void if none ever was."""
+    case.note("cached_tokens", counted(answers, "cached_tokens"))
+    if not counted(answers, "cached_tokens"):
+        raise Void("no prefix was found in the cache, or the engine does not say so")
+
+
+@conformance(
+    "serving.a-hit-equals-a-miss",
+    clause="engine.Limits.prefix_sharing",
+    needs=("serve", "limits"),
+    kills=(),
+    applies=independent,
+)
+def test_a_hit_equals_a_miss(case: Case) -> None:
+    """A prefix that was cached, ending at a page's end or beside it, or the whole prompt, changes no answer."""
+    model = engine(case)
+    first, tail = prompts(case, (17, 6))
+    rows = [first[:n] + tail[:k] for n, k in ((3, 5), (4, 1), (4, 4), (5, 3), (8, 1), (9, 2), (12, 6), (17, 3))]
+    rows += [first[:n] for n in (4, 5, 8, 9, 16, 17)]
+    requests = [offered(model, Request(row, 4, GREEDY, logprobs=True)) for row in (first, *rows)]
+    requests += seeded(case, model, requests[2:6])
+    wanted, agreement = alone(model, requests, APART), Agreement(exact(model))
+    session = model.start(SHARING, speculation=None)
+    found = one_by_one(session, requests)
+    session.close()
+    hits(case, found)
+    same_all(agreement, found, wanted, requests, what="with a cached prefix", stage="prefix", but="without")
+    for answer, request in zip(found, requests, strict=True):
+        have, size = answer.cached_tokens, len(request.prompt)
+        require(have < size, f"{have} of {size} tokens of a prompt were cached; the last is computed", stage="prefix")
+    session = model.start(SHARING, speculation=None)
+    run(session, [requests[0]])
+    found = run(session, arrivals(model, requests, every=1.0)).completions
+    session.close()
+    same_all(agreement, found, wanted, requests, what="with others on its prefix", stage="prefix", but="without")
+    agreement.noted(case)
+
+
+@conformance(
+    "serving.asked-again-answers-the-same",
+    clause="engine.Limits.prefix_sharing",
+    needs=("serve",),
+    kills=(),
+    applies=independent,
+)
+def test_asked_again_answers_the_same(case: Case) -> None:
+    """A request asked four times in a row, then four times at once, is answered the same each time."""
+    model, agreement = engine(case), None
+    requests = greedy(case, model, (8, 13, 21), (6, 6, 6))
+    wanted, agreement = alone(model, requests), Agreement(exact(model))
+    session = model.start(sized(model, SHARING), speculation=None)
+    for request, answer in zip(requests, wanted, strict=True):
+        again = [request] * 4
+        same_all(agreement, one_by_one(session, again), [answer] * 4, again, what="asked again", stage="prefix")
+        found = run(session, arrivals(model, again)).completions
+        same_all(agreement, found, [answer] * 4, again, what="asked at once", stage="prefix")
+    session.close()
+    agreement.noted(case)
+
+
+@conformance(
+    "serving.salts-isolate",
+    clause="engine.Request.salt",
+    needs=("serve",),
+    kills=(),
+    applies=independent,
+)
+def test_salts_isolate(case: Case) -> None:
+    """No request is served from a prefix that was cached under another salt, even of the same tokens."""
+    model = engine(case)
+    ask_for(model, "salt")
+    (row,) = prompts(case, (4 * PAGE + 1,))
+    salts = ("", "tenant", "tenant2", "adapter:one", "adapter:two", "Tenant", " ")
+    requests = [offered(model, Request(row, 4, GREEDY, logprobs=True, salt=salt)) for salt in salts]
+    wanted, agreement = alone(model, requests, sized(model, APART)), Agreement(exact(model))
+    session = model.start(sized(model, SHARING), speculation=None)
+    found = [one_by_one(session, [request, request]) for request in requests]
+    session.close()
+    hits(case, [again for _, again in found])
+    for salt, (first, again) in zip(salts, found, strict=True):
+        require(
+            first.cached_tokens == 0,
+            f"the first request of salt {salt!r} was served {first.cached_tokens} tokens cached under another",
+            stage="prefix",
+        )
+        require(again.cached_tokens > 0, f"the second of salt {salt!r} found nothing of the first", stage="prefix")
+    same_all(agreement, [first for first, _ in found], wanted, requests, what="of a new salt", stage="prefix")
+    same_all(agreement, [again for _, again in found], wanted, requests, what="of a known salt", stage="prefix")
+    agreement.noted(case)
+
+
+@conformance(
+    "serving.likeness-is-no-hit",
+    clause="engine.Limits.prefix_sharing",
+    needs=("serve", "limits"),
+    kills=(),
+    applies=independent,
+)
+def test_likeness_is_no_hit(case: Case) -> None:
+    """Prompts alike by sum, order, beginning, end or a weak hash are told apart by their tokens."""
+    model = engine(case)
+    base, other = prompts(case, (2 * PAGE + 1, 2 * PAGE + 1))
+    head, page, last = base[:PAGE], base[PAGE : 2 * PAGE], base[-1:]
+    top = case.vocab_size - 1
+    down, up = max(range(PAGE), key=lambda i: page[i]), min(range(PAGE), key=lambda i: page[i])
+    moved = [t - (i == down and t > 0) + (i == up and t < top) for i, t in enumerate(page)]
+    rows = [
+        base,
+        head[::-1] + page + last,  # the second page alike, after another first
+        head + page[::-1] + last,
+        page + head + last,
+        other[:PAGE] + page + last,
+        head + tuple(moved) + last,  # the same sum
+        head[1:] + head[:1] + page + last,
+        (*head[:-1], (head[-1] + 1) % (top + 1), *page, *last),
+        ((head[0] + 1) % (top + 1), *head[1:], *page, *last),
+        head + page + other[:1],
+    ]
+    # 8 bits of hash have a collision among some 20 pages, 4 bits among 5.
+    rows += prompts(case, (2 * PAGE + 1,) * 12)
+    requests = [offered(model, Request(row, 2, GREEDY, logprobs=True)) for row in dict.fromkeys(rows)]
+    wanted, agreement = alone(model, requests, APART), Agreement(exact(model))
+    session = model.start(SHARING, speculation=None)
+    found = one_by_one(session, [*requests, *requests])
+    session.close()
+    hits(case, found)
+    same_all(agreement, found, [*wanted] * 2, [*requests] * 2, what="after others like it", stage="prefix")
+    agreement.noted(case)
+
+
+@conformance(
+    "serving.eviction-changes-nothing",
+    clause="engine.Limits.pages",
+    needs=("serve", "limits"),
+    kills=(),
+    applies=independent,
+)
+def test_eviction_changes_nothing(case: Case) -> None:
+    """Prefixes that come, are evicted from a small pool while others use theirs, and come again, harm nobody."""
+    model = engine(case)
+    stems = prompts(case, (8, 8, 12))
+    tails = prompts(case, (1, 3, 5, 2, 6, 4))
+    rows = [stems[i % 3] + tails[(i + i // 3) % 6] for i in range(9)]
+    requests = [offered(model, Request(row, 3 + i % 5, GREEDY, logprobs=True)) for i, row in enumerate(rows)]
+    requests += seeded(case, model, requests[:3])
+    wanted, agreement = alone(model, requests, APART), Agreement(exact(model))
+    largest = max(-(-(len(r.prompt) + r.max_tokens) // PAGE) for r in requests)
+    answers: list[Completion] = []
+    for pages in (largest, largest + 1, 2 * largest - 1):
+        session = model.start(Limits(3, PAGE, pages, chunk=16), speculation=None)
+        for order in (range(12), (7, 2, 11, 5, 0, 9, 3, 10, 1, 8, 4, 6)):
+            found = run(session, arrivals(model, requests, order=list(order), every=1.0)).completions
+            what = f"in a pool of {pages} pages that many share"
+            same_all(agreement, found, wanted, requests, what=what, stage="pages")
+            answers += found
+        session.close()
+    hits(case, answers)
+    agreement.noted(case)
+
+
+@conformance(
+    "serving.only-complete-prefixes-are-shared",
+    clause="engine.Limits.prefix_sharing",
+    needs=("serve", "limits"),
+    kills=(),
+    applies=independent,
+)
+def test_only_complete_prefixes_are_shared(case: Case) -> None:
+    """A request that comes while its prefix is still being computed, or was given up half-way, is answered alike."""
+    model = engine(case)
+    row, tail = prompts(case, (23, 4))
+    requests = [
+        offered(model, Request(prompt, 4, GREEDY, logprobs=True))
+        for prompt in (row, row, row[:16] + tail, row[:13], row[:20] + tail, row)
+    ]
+    wanted, agreement = alone(model, requests, APART), Agreement(exact(model))
+    for chunk in (5, 7, 9):
+        session = model.start(Limits(4, PAGE, chunk=chunk), speculation=None)
+        gone = Arrival(requests[0], cancel_after=0)
+        found = run(session, [gone, *arrivals(model, requests, every=1.0)]).completions[1:]
+        what = f"while its prefix is computed in chunks of {chunk}"
+        same_all(agreement, found, wanted, requests, what=what, stage="prefix")
+        found = one_by_one(session, requests)
+        session.close()
+        same_all(agreement, found, wanted, requests, what=f"{what}, and later", stage="prefix")
+        hits(case, found)
+    agreement.noted(case)
+
+
+@conformance(
+    "serving.a-dialogue-goes-on-from-its-cache",
+    clause="engine.Limits.prefix_sharing",
+    needs=("serve", "limits"),
+    kills=(),
+    applies=independent,
+)
+def test_a_dialogue_goes_on_from_its_cache(case: Case) -> None:
+    """A prompt that continues an earlier prompt and its answer gives what it gives without a cache."""
+    model = engine(case)
+    openings, more = greedy(case, model, (6, 9, 12), (7, 6, 9)), prompts(case, (1, 2, 5))
+    first = alone(model, openings, APART)
+    turns = [r.prompt + answer.tokens for r, answer in zip(openings, first, strict=True)]
+    rows = [turn[:-1] for turn in turns] + turns + [turn + tail for turn in turns for tail in more[1:]]
+    requests = [offered(model, Request(row, 4, GREEDY, logprobs=True)) for row in rows]
+    wanted, agreement = alone(model, requests, APART), Agreement(exact(model))
+    session = model.start(SHARING, speculation=None)
+    run(session, openings)
+    found = one_by_one(session, requests)
+    session.close()
+    hits(case, found)
+    same_all(agreement, found, wanted, requests, what="as a second turn", stage="prefix", but="without a first")
+    agreement.noted(case)
+
+
+@conformance(
+    "serving.drafts-are-never-shared",
+    clause="engine.Speculation",
+    needs=("serve", "limits", "speculate"),
+    kills=(),
+    applies=independent,
+)
+def test_drafts_are_never_shared(case: Case) -> None:
+    """What was cached of rejected drafts never reaches a prompt that goes on from an answer."""
+    model = engine(case)
+    openings, more = greedy(case, model, (6, 9, 12), (9, 10, 9)), prompts(case, (3,))
+    first = alone(model, openings, APART)
+    turns = [r.prompt + answer.tokens for r, answer in zip(openings, first, strict=True)]
+    rows = [turn[:end] + more[0] for turn in turns for end in range(len(turn) - 6, len(turn) + 1, 2)] + turns
+    requests = [offered(model, Request(row, 3, GREEDY, logprobs=True)) for row in rows]
+    wanted, agreement = alone(model, requests, APART), Agreement(exact(model))
+    for speculation in speculations(case, model):
+        session = model.start(SHARING, speculation=speculation)
+        answers = run(session, openings).completions
+        if counted(answers, "drafted") == counted(answers, "accepted"):
+            raise Void(f"{speculation.method}: nothing was drafted, or nothing of it rejected")
+        found = one_by_one(session, requests)
+        session.close()
+        hits(case, found)
+        what = f"after an answer speculated by {speculation.method}"
+        same_all(agreement, found, wanted, requests, what=what, stage="prefix", but="without")
+    agreement.noted(case)

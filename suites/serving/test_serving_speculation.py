@@ -1,0 +1,130 @@
+"""Speculation in an engine: sequences that accept unevenly share passes, pages and slots, and nothing else."""
+
+from __future__ import annotations
+
+from harness.conformance import Case, Void, conformance, require
+from harness.conformance.serving import (
+    Agreement,
+    alone,
+    arrivals,
+    counted,
+    engine,
+    exact,
+    greedy,
+    independent,
+    run,
+    same_all,
+    serve,
+    sized,
+    speculations,
+)
+from harness.reference.engine import Arrival, Limits
+
+
+@conformance(
+    "serving.speculation-changes-nothing",
+    clause="engine.Speculation",
+    needs=("serve", "speculate"),
+    kills=(),
+    applies=independent,
+)
+def test_speculation_changes_nothing(case: Case) -> None:
+    """A batch of long greedy answers with uneven acceptance gives the tokens and log probabilities of no draft."""
+    model = engine(case)
+    requests = greedy(case, model, (3, 9, 6, 4, 12), (24, 13, 20, 16, 19))
+    wanted, agreement = alone(model, requests), Agreement(exact(model))
+    sizes = (Limits(5, page_size=1), Limits(3, page_size=3), Limits(5, page_size=8))
+    for speculation in speculations(case, model):
+        rates = set()
+        for limits in sizes if "limits" in model.capabilities else (None,):
+            found = serve(model, arrivals(model, requests, every=1.0), limits, speculation).completions
+            what = f"speculated by {speculation.method} in a batch"
+            same_all(agreement, found, wanted, requests, what=what, stage="rollback", but="without")
+            rates |= {(answer.drafted, answer.accepted) for answer in found}
+        drafted, accepted = (sum(part) for part in zip(*rates, strict=True))
+        case.note(f"acceptance_{speculation.method}", round(accepted / max(drafted, 1), 3))
+        if not 0 < accepted < drafted or len(rates) == 1:
+            raise Void(f"{speculation.method}: {accepted} of {drafted} drafted tokens stood, alike in all requests")
+    agreement.noted(case)
+
+
+@conformance(
+    "serving.speculation-in-a-tight-budget-changes-nothing",
+    clause="engine.Limits.chunk",
+    needs=("serve", "limits", "speculate"),
+    kills=(),
+    applies=independent,
+)
+def test_speculation_in_a_tight_budget_changes_nothing(case: Case) -> None:
+    """Drafts for which an iteration has no room, beside prompts in chunks and clients that leave, do no harm."""
+    model = engine(case)
+    requests = greedy(case, model, (3, 19, 6, 14, 9), (16, 7, 12, 9, 8))
+    wanted, agreement = alone(model, requests), Agreement(exact(model))
+    for speculation in speculations(case, model):
+        drafted = 0
+        for chunk in (4, 6, 9):
+            limits = Limits(4, page_size=4, chunk=chunk)
+            gone = [Arrival(requests[0], 2.0, cancel_after=3), Arrival(requests[1], 3.0, cancel_after=0)]
+            given = [*arrivals(model, requests, every=2.0), *gone]
+            found = serve(model, given, limits, speculation).completions[: len(requests)]
+            what = f"speculated by {speculation.method} with {chunk} tokens per iteration"
+            same_all(agreement, found, wanted, requests, what=what, stage="rollback", but="without")
+            drafted += counted(found, "drafted")
+        if not drafted:
+            raise Void(f"{speculation.method}: nothing was drafted")
+    agreement.noted(case)
+
+
+@conformance(
+    "serving.drafts-forget-former-requests",
+    clause="engine.Speculation",
+    needs=("serve", "speculate"),
+    kills=(),
+    level="SHOULD",
+    applies=independent,
+)
+def test_drafts_forget_former_requests(case: Case) -> None:
+    """What is drafted and accepted for a request does not depend on the requests that had its slot before."""
+    model = engine(case)
+    requests = greedy(case, model, (6, 9, 4, 12), (14, 11, 12, 10))
+    for speculation in speculations(case, model):
+        fresh = alone(model, requests, sized(model, Limits(1)), speculation)
+        session = model.start(sized(model, Limits(1)), speculation=speculation)
+        later = [run(session, [request]).completions[0] for request in requests]
+        session.close()
+        if not counted(fresh, "drafted"):
+            raise Void(f"{speculation.method}: nothing was drafted")
+        for i, (one, other) in enumerate(zip(later, fresh, strict=True)):
+            have, want = (one.drafted, one.accepted), (other.drafted, other.accepted)
+            require(
+                have == want,
+                f"{speculation.method}: after {i} others request {i} has (drafted, accepted) {have}, alone {want}",
+                stage="draft",
+            )
+
+
+@conformance(
+    "serving.acceptance-does-not-depend-on-company",
+    clause="engine.Completion.accepted",
+    needs=("serve", "limits", "speculate"),
+    kills=(),
+    level="SHOULD",
+    applies=independent,
+)
+def test_acceptance_does_not_depend_on_company(case: Case) -> None:
+    """With room for all drafts, as many are made and accepted for a request in company as alone."""
+    model = engine(case)
+    requests = greedy(case, model, (6, 9, 4, 12), (14, 11, 12, 10))
+    for speculation in speculations(case, model):
+        wanted = alone(model, requests, Limits(1), speculation)
+        found = serve(model, arrivals(model, requests, every=1.0), Limits(4), speculation).completions
+        if not counted(wanted, "drafted"):
+            raise Void(f"{speculation.method}: nothing was drafted")
+        for i, (one, other) in enumerate(zip(found, wanted, strict=True)):
+            have = (one.drafted, one.accepted, one.rounds)
+            want = (other.drafted, other.accepted, other.rounds)
+            require(
+                have == want,
+                f"{speculation.method}: request {i} has (drafted, accepted, rounds) {have} in company, {want} alone",
+                stage="draft",
+            )
