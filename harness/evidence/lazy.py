@@ -194,7 +194,7 @@ def plain(func: Any, kind: type[Lazy], value: Any) -> Tensor:
     """A float64 tensor of a number or tensor that is not lazy. Raises NotEnumerable where it is."""
     if isinstance(value, Lazy):
         raise unanswerable(func, kind)
-    return torch.as_tensor(value).detach().to("cpu", torch.float64)
+    return torch.as_tensor(value, dtype=torch.float64).detach().to("cpu")
 
 
 class LazyUniform(Lazy):

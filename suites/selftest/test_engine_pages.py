@@ -90,9 +90,7 @@ def test_what_is_written_is_gathered(name: str) -> None:
     held, lengths = [[4, 0, 3], [2, 5]], [9, 6]
     for row in range(2):
         columns = torch.arange(lengths[row])
-        pages.write(
-            pages.slots(held[row], 0, lengths[row]), cache, torch.full_like(columns, row), columns
-        )
+        pages.write(pages.slots(held[row], 0, lengths[row]), cache, torch.full_like(columns, row), columns)
     gathered = pages.gather(held, lengths)
     assert gathered.real.sum(1).tolist() == lengths
     for have, want in zip(gathered.layers, cache.layers, strict=True):
