@@ -1,4 +1,4 @@
-"""How a decoder is put to the question: what it is asked, the law of its answers, and the verdict on that law.
+"""How a decoder is put to the question: what it is asked, the law of its answers, and the verdict on it.
 
 Letters: V vocabulary, g tokens proposed per round.
 """
@@ -29,7 +29,7 @@ of a few tokens. The smallest defect of the catalogue moves the law by more than
 
 
 @dataclass(frozen=True)
-class Tested:
+class Trial:
     """A model under test that holds a designed target, with the designed draft beside it."""
 
     case: Case
@@ -66,17 +66,17 @@ class Tested:
     def judge(
         self, what: str, request: Request, speculation: Speculation | None = None, *, stage: str = "law"
     ) -> None:
-        """Raise Violation unless the completion has the law of the target; the distance is noted either way."""
+        """Raise Violation unless the completion has the target's law; the distance is noted either way."""
         lossless(self.case, what, self.found(request, speculation), self.wanted(request), stage=stage)
 
 
-def tested(case: Case, vocab_size: int = 4, *, layers: int = 1) -> Tested:
+def trial(case: Case, vocab_size: int = 4, *, layers: int = 1) -> Trial:
     """A designed pair, loaded in float64 where the implementation has it."""
     pair = designed(case, vocab_size, layers=layers)
     model = precise(case, pair.architecture, pair.target)
     if "speculate" in model.capabilities and "draft_model" in model.methods:
         model.load_draft(pair.architecture, pair.draft)
-    return Tested(case, model, pair)
+    return Trial(case, model, pair)
 
 
 def precise(
@@ -97,8 +97,8 @@ def lossless(case: Case, what: str, found: Law, wanted: Law, *, stage: str = "la
     if not tv <= LOSSLESS:
         worst = found.largest_difference(wanted)
         raise Violation(
-            f"{what}: lossy: TV = {tv:.4g} over {len(wanted)} outcomes: {_shown(worst.outcome)} has probability "
-            f"{worst.here:.6g} in place of {worst.there:.6g}",
+            f"{what}: lossy: TV = {tv:.4g} over {len(wanted)} outcomes: {_shown(worst.outcome)} comes with "
+            f"probability {worst.here:.6g} in place of {worst.there:.6g}",
             stage=stage,
         )
 
@@ -111,7 +111,7 @@ def generated(
     for i, answer in enumerate(answers):
         require(
             answer.finish_reason in ("stop", "length"),
-            f"request {i} of {len(answers)} ended with {answer.finish_reason!r}: {answer.error or 'no reason'}",
+            f"request {i} of {len(answers)} ended with {answer.finish_reason!r}: {answer.error or 'unexplained'}",
             stage="fault",
         )
     return answers
@@ -171,7 +171,7 @@ def ways(case: Case, model: Any, length: int = 3) -> dict[str, Speculation]:
 
 
 def shuffled(vocab_size: int) -> tuple[int, ...]:
-    """A draft's vocabulary over the same number of ids: rotated by one, and one token that the target lacks."""
+    """A draft's vocabulary of as many ids: rotated by one, and one of them lacking in the target."""
     ids = [(token + 1) % vocab_size for token in range(vocab_size)]
     return (*ids[:-1], -1)
 

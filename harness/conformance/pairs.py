@@ -20,7 +20,7 @@ from harness.reference import ReferenceModel, build, weights
 from harness.spec.architecture import Architecture
 
 SPREAD = 1.5
-"""Standard deviation of the logits of one token: every token stays possible, and none is as good as certain."""
+"""Standard deviation of the logits of one token: every token stays possible, none as good as certain."""
 APART = (0.4, 0.6)
 """Total variation between the laws of target and draft, on average over contexts."""
 CONTEXTS = 3
@@ -60,16 +60,6 @@ def small(case: Case, vocab_size: int, layers: int = 1) -> Architecture:
     """The twin with `layers` layers and a vocabulary that can be enumerated."""
     kind = case.one_layer()
     return replaced(kind, {"vocab_size": vocab_size, "n_layers": layers})
-
-
-def perturbed(case: Case, held: Mapping[str, Tensor], amount: float) -> dict[str, Tensor]:
-    """Weights near `held`: a draft that is right often, and not always. Noise is relative to each tensor."""
-    generator = case.generator()
-    noisy = {}
-    for name, value in held.items():
-        noise = torch.randn(value.shape, generator=generator, dtype=value.dtype)
-        noisy[name] = case.drawn((value + amount * value.std(correction=0) * noise).float().double())
-    return noisy
 
 
 @lru_cache(maxsize=32)

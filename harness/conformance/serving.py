@@ -34,10 +34,9 @@ GREEDY = Sampling(temperature=0.0)
 MOMENT_S = 0.05
 """What an iteration is worth where time is in seconds: long enough for some tokens of a small model."""
 ROUNDING = {True: 1e-5, False: 5e-3}
-"""How far log probabilities may differ by rounding; True: built in float64. An engine that is built so may still
-compute rotary angles, norms or softmax in float32, which is some tens of roundings of 6e-8. An endpoint has at
-least float32 where logits are near 20 and errors relative to them near 1e-4 (half of the digits, as in
-`comparison.margin`)."""
+"""How far log probabilities may differ by rounding; True: built in float64. An engine that is built so may
+still compute rotary angles, norms or softmax in float32: some tens of roundings of 6e-8. An endpoint is taken
+to have float32, logits near 20, and half of the digits of these right, as in `comparison.margin`."""
 
 
 def independent(architecture: Architecture | None) -> bool:
@@ -109,8 +108,17 @@ def greedy(
     return [offered(model, Request(prompt, n, GREEDY, logprobs=True)) for prompt, n in pairs]
 
 
+def narrow(case: Case, model: Any, requests: Sequence[Request]) -> list[Request]:
+    """The requests, every other one held to four tokens, so that its answer repeats itself and is guessed."""
+    few = tuple((token, 30.0) for token in dict.fromkeys(prompts(case, (12,))[0]))[:4]
+    made = (replace(r, sampling=replace(r.sampling, logit_bias=few)) for r in requests)
+    return [
+        offered(model, one) if i % 2 else r for i, (r, one) in enumerate(zip(requests, made, strict=True))
+    ]
+
+
 def seeded(case: Case, model: Any, requests: Sequence[Request], temperature: float = 1.3) -> list[Request]:
-    """The same requests, drawn with a seed of their own each. Raises Unsupported where seeds are not honoured."""
+    """The same requests, each drawn with its own seed. Raises Unsupported where no seed is honoured."""
     ask_for(model, "seed", "temperature")
     first = int(torch.randint(1, 1 << 20, (), generator=case.generator()))
     law = (Sampling(temperature=temperature, seed=first + i) for i in range(len(requests)))
@@ -127,10 +135,10 @@ def arrivals(
     return [Arrival(request, turn[i] * unit) for i, request in enumerate(listed)]
 
 
-def run(session: Any, wanted: Sequence[Arrival | Request]) -> Served:
+def run(session: Any, wanted: Sequence[Arrival | Request], *, stage: str = "fault") -> Served:
     """Serve them in a session, with the type and number of what comes back checked.
 
-    Raises Violation where the session fails as a whole: what one request causes is its own error.
+    Raises Violation in `stage` where the session fails as a whole: what a request causes is its own error.
     """
     given = [one if isinstance(one, Arrival) else Arrival(one) for one in wanted]
     try:
@@ -139,7 +147,7 @@ def run(session: Any, wanted: Sequence[Arrival | Request]) -> Served:
         raise
     except Exception as error:
         what = f"{len(given)} requests were lost, as the engine raised {describe(error)}"
-        raise Violation(what, stage="fault") from error
+        raise Violation(what, stage=stage) from error
     answers = getattr(served, "completions", None)
     right = isinstance(answers, Sequence) and len(answers) == len(given)
     right = right and all(isinstance(answer, Completion) for answer in answers)  # type: ignore[union-attr]
@@ -154,11 +162,13 @@ def serve(
     wanted: Sequence[Arrival | Request],
     limits: Limits | None = None,
     speculation: Speculation | None = None,
+    *,
+    stage: str = "fault",
 ) -> Served:
     """What a fresh engine makes of them."""
     session = model.start(limits, speculation=speculation)
     try:
-        return run(session, wanted)
+        return run(session, wanted, stage=stage)
     finally:
         session.close()
 
@@ -174,8 +184,8 @@ def alone(
     for answer in answers:
         require(
             answer.finish_reason in ("stop", "length"),
-            f"a request alone in an engine ended with {answer.finish_reason!r}: {answer.error or 'no reason'}",
-            stage="engine",
+            f"a request alone ended with {answer.finish_reason!r}: {answer.error or 'no reason'}",
+            stage="fault",
         )
     return answers
 
@@ -287,8 +297,8 @@ def same_all(
         agreement.same(one, other, request, what=f"request {i} {what}", stage=stage, but=but)
 
 
-def near_draft(case: Case, weights: Mapping[str, Tensor], by: float = 0.1) -> dict[str, Tensor]:
-    """Weights of a draft that often agrees with a target of `weights`, and often not."""
+def near_draft(case: Case, weights: Mapping[str, Tensor], by: float = 0.02) -> dict[str, Tensor]:
+    """Weights of a draft that agrees with a target of `weights` on about half of the tokens."""
     generator = case.generator()
     made = {}
     for name in sorted(weights):
@@ -300,7 +310,8 @@ def near_draft(case: Case, weights: Mapping[str, Tensor], by: float = 0.1) -> di
 
 def speculations(case: Case, model: Any, length: int = 3) -> list[Speculation]:
     """The ways to speculate that the engine offers, a draft loaded where it takes one."""
-    methods, found = getattr(model, "methods", frozenset()), []
+    methods: frozenset[str] = getattr(model, "methods", frozenset())
+    found: list[Speculation] = []
     if "draft_model" in methods and case.architecture is not None:
         model.load_draft(case.shape, near_draft(case, case.weights()))
         found.append(Speculation("draft_model", length))

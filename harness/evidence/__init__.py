@@ -1,1 +1,1 @@
-"""How a verdict is reached: margins from dtype error bounds, and costs that are counted."""
+"""How a verdict is reached: error bounds, exact laws of samplers, bets on samples, counted costs."""

@@ -28,6 +28,9 @@ SAME = 1e-6
 order according to how memory is aligned, which moves a softmax by some 1e-7."""
 
 
+OVERLAPPING = "random numbers that fill a view of a tensor, or are seen through one, cannot be enumerated"
+
+
 class Undetermined(RuntimeError):
     """The program is not a function of its draws: the same answers led it elsewhere."""
 
@@ -90,6 +93,8 @@ class Interception(TorchFunctionMode):
     uniforms: Uniforms = field(init=False)
     filled: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """By id: a tensor that was filled in place, and the lazy numbers that stand for it."""
+    storages: set[int] = field(default_factory=set)
+    """The memory of those tensors."""
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -117,17 +122,24 @@ class Interception(TorchFunctionMode):
 
     def substituted(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Call `func` with lazy numbers in place of the tensors that were filled with them."""
-        args, kwargs = pytree.tree_map_only(
-            Tensor, lambda x: self.filled.get(id(x), (x, x))[1], (tuple(args), kwargs)
-        )
+        target = args[0] if args else None
+        args, kwargs = pytree.tree_map_only(Tensor, self.meant, (tuple(args), kwargs))
         name = getattr(func, "__name__", "")
         if name.endswith("__") or not name.endswith("_") or not any(isinstance(x, Lazy) for x in args):
             return func(*args, **kwargs)
-        # torch would return the tensor itself, which knows of no lazy numbers
-        result = getattr(Tensor, name[:-1])(*args, **kwargs)
-        if isinstance(result, Lazy):
-            self.filled[id(args[0])] = (args[0], result)
-        return result
+        elsewhere = getattr(Tensor, name[:-1], None)
+        result = None if elsewhere is None else elsewhere(*args, **kwargs)
+        if not isinstance(target, Tensor) or not isinstance(result, Lazy):
+            raise NotEnumerable(f"{name} of random numbers that fill a tensor cannot be enumerated")
+        return self.fill(target, result)
+
+    def meant(self, x: Tensor) -> Tensor:
+        """What a tensor stands for: itself, or the numbers that it was filled with."""
+        if id(x) in self.filled:
+            return self.filled[id(x)][1]
+        if not isinstance(x, Lazy) and x.untyped_storage().data_ptr() in self.storages:
+            raise NotEnumerable(OVERLAPPING)
+        return x
 
     def exponential_(self, held: Tensor, lambd: float = 1, **_: Any) -> Tensor:
         """Fill a tensor with exponential numbers that are not drawn yet."""
@@ -139,12 +151,12 @@ class Interception(TorchFunctionMode):
         return self.fill(held, fresh * (high - low) + low)
 
     def fill(self, held: Tensor, numbers: Tensor) -> Tensor:
-        """From now on `numbers` stand for `held`."""
-        # a view would be filled, and what it is a view of would not know
-        if held._is_view() or isinstance(held, Lazy):  # noqa: SLF001
-            raise NotEnumerable("random numbers that fill a part of a tensor cannot be enumerated")
+        """From now on `numbers` stand for `held`, which is returned as torch returns it."""
+        if isinstance(held, Lazy) or held._is_view():  # noqa: SLF001
+            raise NotEnumerable(OVERLAPPING)
         self.filled[id(held)] = (held, numbers)
-        return numbers
+        self.storages.add(held.untyped_storage().data_ptr())
+        return held
 
     def multinomial(
         self, weights: Tensor, num_samples: int, replacement: bool = False, **kwargs: Any
@@ -172,8 +184,9 @@ class Interception(TorchFunctionMode):
 
     def bernoulli(self, probabilities: Tensor, **kwargs: Any) -> Tensor:
         """Ones and zeros of the shape and dtype of `probabilities`."""
-        flat = probabilities.detach().to("cpu", torch.float64).flatten().tolist()
-        drawn = [1 - self.tape.answer((p, 1 - p)) for p in flat]
+        held = probabilities.detach().to("cpu", torch.float64)
+        torch.bernoulli(held, generator=torch.Generator())
+        drawn = [1 - self.tape.answer((p, 1 - p)) for p in held.flatten().tolist()]
         like = torch.tensor(drawn, dtype=probabilities.dtype, device=probabilities.device)
         return _placed(like.reshape(probabilities.shape), kwargs)
 
@@ -214,18 +227,11 @@ _DRAWS: dict[Any, Callable[..., Any]] = {
 _REFUSED = frozenset(
     (
         *(torch.normal, torch.randn, torch.randn_like, torch.randint, torch.randint_like, torch.randperm),
-        *(
-            torch.poisson,
-            Tensor.uniform_,
-            Tensor.normal_,
-            Tensor.bernoulli_,
-            Tensor.random_,
-            Tensor.geometric_,
-        ),
-        *(Tensor.exponential_, Tensor.cauchy_, Tensor.log_normal_, nn.functional.gumbel_softmax),
+        *(torch.poisson, Tensor.normal_, Tensor.bernoulli_, Tensor.random_, Tensor.geometric_),
+        *(Tensor.cauchy_, Tensor.log_normal_, nn.functional.gumbel_softmax),
     )
 )
-"""Draws with too many answers, or into a tensor that holds numbers already."""
+"""Draws with too many answers, or that are made where nothing can be intercepted."""
 
 
 def law(program: Callable[[], Hashable], *, most_paths: int = 200_000, prune: float = 0.0) -> Law:
@@ -233,7 +239,8 @@ def law(program: Callable[[], Hashable], *, most_paths: int = 200_000, prune: fl
 
     Its draws must come from torch.multinomial, bernoulli, rand or rand_like, in this thread, and uniform
     numbers may only be compared (see `harness.evidence.lazy`); generators and the global seed play no part.
-    Branches that are reached with a probability below `prune` are not followed, and are counted as pruned.
+    Branches off a path that are reached with a probability below `prune` are counted as pruned, and not
+    followed.
 
     Raises NotEnumerable where a draw has no finite number of answers or more than `most_paths` runs are
     needed, Undetermined where the program is no function of its draws, and whatever the program raises.
@@ -269,8 +276,13 @@ def _run(program: Callable[[], Hashable], draws: list[Draw]) -> Hashable:
     tape = Tape(draws)
     repeated = len(draws)
     seed, state = torch.initial_seed(), torch.get_rng_state()
-    with Interception(tape):
-        outcome = program()
+    try:
+        with Interception(tape):
+            outcome = program()
+    except Exception:
+        if tape.failure is not None:
+            raise tape.failure from None
+        raise
     if tape.failure is not None:
         raise tape.failure
     if tape.at < repeated:

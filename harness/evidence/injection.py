@@ -125,7 +125,49 @@ def race(
 def normalised(weights: Sequence[Bracket]) -> tuple[Bracket, ...]:
     """[V] brackets of w_i / sum_j w_j: the least where w_i is least and all others are greatest."""
     low, high = math.fsum(w.low for w in weights), math.fsum(w.high for w in weights)
-    return tuple(Bracket(w.low / (high - w.high + w.low), w.high / (low - w.low + w.high)) for w in weights)
+
+    def share(part: float, others: float) -> float:
+        return part / (part + others) if part > 0 else 0.0
+
+    return tuple(Bracket(share(w.low, high - w.high), share(w.high, low - w.low)) for w in weights)
+
+
+def inverse_law(
+    token_of: Callable[[float], int], categories: int, *, dtype: torch.dtype = torch.float32, grid: int = 256
+) -> Box:
+    """The law of a kernel that turns one uniform number into a token, such as an inverse distribution
+    function: the length of [0, 1) on which it returns each of V tokens.
+
+    It is asked on a grid, and every change between neighbours is followed down to adjacent numbers of
+    `dtype`. The box holds if no token hides between two equal neighbours, as none can where the token grows
+    with u. Raises NotThisSampler where an answer is no category.
+    """
+    sure, unsure, calls = [0.0] * categories, [0.0] * categories, 0
+
+    def asked(u: float) -> int:
+        nonlocal calls
+        calls += 1
+        token = int(token_of(u))
+        if not 0 <= token < categories:
+            raise NotThisSampler(f"the kernel returned {token}, which is none of the {categories} categories")
+        return token
+
+    points = [i / grid for i in range(grid)] + [below_one(dtype)]
+    answers = [asked(u) for u in points]
+    waiting = list(zip(points, answers, points[1:], answers[1:], strict=False))
+    unsure[answers[-1]] += 1 - points[-1]
+    while waiting:
+        low, first, high, second = waiting.pop()
+        middle = torch.tensor((low + high) / 2, dtype=dtype).item()
+        if first == second:
+            sure[first] += high - low
+        elif not low < middle < high or high - low < 2.0**-STEPS:
+            unsure[first] += high - low
+            unsure[second] += high - low
+        else:
+            between = asked(middle)
+            waiting += [(low, first, middle, between), (middle, between, high, second)]
+    return Box(tuple(Bracket(a, min(1.0, a + b)) for a, b in zip(sure, unsure, strict=True)), calls)
 
 
 Kernel = Callable[[int, float, Tensor], int]
@@ -206,7 +248,7 @@ def _check(
         if accepted.low < u < accepted.high or (u >= accepted.high and accepted.high == 1):
             continue
         token = asked(draft, u, e)
-        if u <= accepted.low:
+        if u <= accepted.low and accepted.high > 0:
             expected = draft
         else:
             scores = middle / e.double()

@@ -26,7 +26,7 @@ class Law(Mapping[Hashable, float]):
     """Probabilities by outcome; an outcome that is absent has probability 0."""
 
     probabilities: Mapping[Hashable, float]
-    paths: int = 0
+    paths: int = field(default=0, compare=False)
     """Runs of a program that it took; 0 where the law was computed otherwise."""
     pruned: float = 0.0
     """Probability of the branches that were not followed; `mass` + `pruned` is 1."""

@@ -109,7 +109,7 @@ class Lazy(Tensor):
         """The same kind of numbers with other parts, dtype or device."""
         return self.made(parts, self.source, dtype or self.dtype, device or self.device)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> Any:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         del tensor_contents
         return f"{type(self).__name__}(shape={tuple(self.shape)})"
 
@@ -212,14 +212,14 @@ def _compared(func: Any, left: Any, right: Any) -> Tensor:
     answers = []
     for t, *numbers in zip(*(part.flatten().tolist() for part in (limits, *parts)), strict=True):
         index, scale, shift = numbers
-        if math.isnan(t):  # nothing compares with it
-            answers.append(False)
-        elif scale == 0:
+        # scale u + shift < t is u < (t - shift) / scale, turned round where the scale is negative
+        limit = (t - shift) / scale if scale else math.nan
+        if scale == 0:
             answers.append(getattr(operator, name)(*((t, shift) if flipped else (shift, t))))
+        elif math.isnan(limit):  # nothing compares with it
+            answers.append(False)
         else:
-            # scale u + shift < t is u < (t - shift) / scale, turned round where the scale is negative
-            below = lazy.source.below(index, (t - shift) / scale)
-            answers.append(below == (wanted_below == (scale > 0)))
+            answers.append(lazy.source.below(index, limit) == (wanted_below == (scale > 0)))
     return torch.tensor(answers, dtype=torch.bool, device=lazy.device).reshape(limits.shape)
 
 

@@ -7,15 +7,26 @@ stage of the reference.
 from __future__ import annotations
 
 from harness.mutants import (  # noqa: F401  # each enters its mutants in the catalogue
+    acceptance,
     attention,
     cache,
     capacity,
+    company,
     dense,
+    drafts,
+    endings,
     experts,
     extent,
+    faults,
     loading,
     losses,
+    pages,
+    prefixes,
     routing,
+    sampling,
+    scheduling,
+    slots,
+    windows,
 )
 from harness.mutants.defect import CATALOGUE, Mutant, MutantImplementation
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.mutants.defect import F, Method, enter, mutant, routers, whole
+from harness.mutants.defect import F, Method, enter, mutant, on_model, routers, whole
 from harness.reference import ReferenceModel
 from harness.reference.router import Routed
 from harness.spec.architecture import Architecture
@@ -38,7 +38,7 @@ def balance(**row: Any) -> Callable[[F], F]:
             if model.balance_loss is not None:
                 model.balance_loss = make(model, model.balance_loss)
 
-        return enter(make, patch, stage=row.pop("stage", "loss"), **row)
+        return enter(make, on_model(patch), stage=row.pop("stage", "loss"), **row)
 
     return decorate
 

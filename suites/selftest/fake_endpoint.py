@@ -8,6 +8,7 @@ A request of seed 7 meets the fault; all others are served, together, by one eng
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -75,7 +76,7 @@ class Endpoint:
         ignored: frozenset[str] = frozenset(),
         refusals: int = 0,
     ) -> None:
-        """`ignored`: fields that are taken and dropped. `refusals`: so many requests are answered 503 first."""
+        """`ignored`: fields that are taken and dropped. `refusals`: requests that are answered 503 first."""
         self.faults, self.extensions, self.id_prompts = dict(faults or {}), extensions, id_prompts
         self.ignored, self.refusals = ignored, refusals
         self.retry_after = "0"
@@ -171,20 +172,18 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def handle(self) -> None:
-        try:
+        with contextlib.suppress(OSError):  # the client is gone
             super().handle()
-        except OSError:
-            pass  # the client is gone
 
     def do_GET(self) -> None:
         self.endpoint.seen[self.path] += 1
-        self.endpoint.headers = dict(self.headers)
+        self.endpoint.headers = {name.lower(): value for name, value in self.headers.items()}
         self._json(200, {"object": "list", "data": [{"id": "tiny", "object": "model", "owned_by": "fake"}]})
 
     def do_POST(self) -> None:
         endpoint = self.endpoint
         endpoint.seen[self.path] += 1
-        endpoint.headers = dict(self.headers)
+        endpoint.headers = {name.lower(): value for name, value in self.headers.items()}
         raw = self.rfile.read(int(self.headers.get("content-length", 0)))
         if endpoint.refusals:
             endpoint.refusals -= 1
@@ -216,8 +215,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _whole(self, request: Request, body: dict[str, Any], fault: str) -> None:
         tokens: tuple[int, ...] = ()
         completion = None
-        for piece, completion in self.endpoint.pieces(request):
-            tokens += piece
+        for piece, ending in self.endpoint.pieces(request):
+            tokens, completion = tokens + piece, ending
         if completion is None or completion.finish_reason == "error":
             self._json(400, {"error": {"message": completion.error if completion else "closing"}})
             return
@@ -228,6 +227,8 @@ class _Handler(BaseHTTPRequestHandler):
             length += 100
         elif fault == "too-short":
             length -= 5
+        elif fault in ("trickle", "endless"):
+            length = 2**40
         elif fault in ("garbage", "invalid-json"):
             payload = payload[:-3] + b"}}}"
         elif fault == "invalid-utf8":
@@ -306,7 +307,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._chunk(b"data: [DONE]\n\n")
             self._chunk(b"")
         elif fault in ("too-long", "too-short"):
-            self.wfile.write(b"40\r\ndata: {}\n\n" if fault == "too-long" else b"2\r\ndata: {}\n\n\r\n")
+            self.wfile.write(b"40\r\ndata: {" if fault == "too-long" else b"2\r\ndata: {}\n\n\r\n")
         return True  # "close": nothing more
 
     def _hold(self, fault: str, payload: bytes) -> None:

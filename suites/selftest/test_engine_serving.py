@@ -50,8 +50,10 @@ def test_greedy_tokens_are_those_of_the_model(name: str) -> None:
         assert (have.finish_reason, have.rounds) == ("length", request.max_tokens)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("size", "method"),
+    [(size, method) for size in SIZES for method in METHODS if size == "tiny pool" or method in METHODS[:2]],
+)
 def test_no_company_changes_tokens(size: str, method: str | None) -> None:
     """Greedy or seeded, in a full engine of any size, twice: always the completion that it has alone."""
     alone = [served().generate([request], speculation=speculation(method))[0] for request in mixed()]
@@ -105,6 +107,8 @@ def test_pages_hold_what_a_fresh_pass_computes(name: str) -> None:
         busy.step()
         for sequence in busy.scheduler.running:
             assert sequence.computed < sequence.length
+            just_served = sequence.served_at == busy.scheduler.steps
+            assert not just_served or len(sequence.pages) == busy.pool.needed(sequence.length - 1)
             text = tuple(sequence.tokens[: sequence.computed])
             assert not text or same(held(busy, sequence.pages, len(text)), fresh(busy, text))
         for (salt, text), page in busy.pool.shared.items():
@@ -133,7 +137,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "endless bias": ({"sampling": Sampling(logit_bias=((1, float("inf")),))}, "logit_bias of token 1 is inf"),
     "seed": ({"sampling": Sampling(seed=-1)}, "seed is -1; it must be from 0"),
     "all forbidden": (
-        {"sampling": Sampling(logit_bias=tuple((i, -float("inf")) for i in range(97)))},
+        {
+            "sampling": Sampling(
+                logit_bias=tuple((i, -float("inf")) for i in range(small("mixtral-8x7b").vocab_size))
+            )
+        },
         "no token is possible",
     ),
 }

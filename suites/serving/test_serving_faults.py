@@ -60,19 +60,23 @@ def faults(case: Case, model: Any) -> dict[str, Request]:
 
 def failed(answer: Completion, what: str) -> None:
     """Raise Violation unless the request ended with an error of its own that says something."""
-    require(answer.finish_reason == "error", f"{what} ended with {answer.finish_reason!r}, not an error", stage="fault")
+    require(
+        answer.finish_reason == "error",
+        f"{what} ended with {answer.finish_reason!r}, not an error",
+        stage="fault",
+    )
     require(bool(answer.error.strip()), f"{what} ended with an error that says nothing", stage="fault")
 
 
 @conformance(
     "serving.bad-requests-harm-nobody",
-    clause="engine.Request",
+    clause="serving.faults",
     needs=("serve",),
     kills=(),
     applies=independent,
 )
 def test_bad_requests_harm_nobody(case: Case) -> None:
-    """Requests that cannot be served each end with an error, in turn and together, and others are answered alike."""
+    """Requests that cannot be served end with an error each, and others are answered as if alone."""
     model = engine(case)
     requests, bad = greedy(case, model, (5, 9, 4), (7, 5, 8)), faults(case, model)
     wanted, agreement = alone(model, requests, sized(model, LIMITS)), Agreement(exact(model))
@@ -92,13 +96,13 @@ def test_bad_requests_harm_nobody(case: Case) -> None:
 
 @conformance(
     "serving.clients-that-leave-harm-nobody",
-    clause="engine.Arrival.cancel_after",
+    clause="serving.faults",
     needs=("serve",),
     kills=(),
     applies=independent,
 )
 def test_clients_that_leave_harm_nobody(case: Case) -> None:
-    """Clients that leave before, at, and after the start of their answers get a beginning of it; others all of it."""
+    """Clients that leave before, at or after the start of an answer get its beginning; others all of it."""
     model = engine(case)
     requests = greedy(case, model, (5, 17, 9, 4, 6), (8, 9, 5, 8, 7))
     wanted, agreement = alone(model, requests, sized(model, LIMITS)), Agreement(exact(model))
@@ -106,7 +110,12 @@ def test_clients_that_leave_harm_nobody(case: Case) -> None:
     for after in ((None, 0, None, 3, 1), (2, None, 4, 0, None), (0, 1, 2, 3, None)):
         given = arrivals(model, requests, every=1.0)
         given = [replace(one, cancel_after=count) for one, count in zip(given, after, strict=True)]
+        # A long prompt is left in the middle, a waiting one before its turn.
+        times = sorted(one.at for one in given)
+        given += [Arrival(requests[i], times[0], cancel_at=times[i]) for i in (1, 2)]
         found = run(session, given).completions
+        left(found[5], wanted[1], 0)
+        left(found[6], wanted[2], 0)
         stay = [i for i, count in enumerate(after) if count is None]
         same_all(
             agreement,
@@ -129,9 +138,15 @@ def left(answer: Completion, whole: Completion, count: int) -> None:
     """Raise Violation unless the answer of a client that left after `count` tokens begins the whole one."""
     ends = ("cancelled", whole.finish_reason)
     what = f"the answer of a client that left after {count} tokens"
-    require(answer.finish_reason in ends, f"{what} ends with {answer.finish_reason!r} {answer.error}", stage="fault")
+    require(
+        answer.finish_reason in ends,
+        f"{what} ends with {answer.finish_reason!r} {answer.error}",
+        stage="fault",
+    )
     have = answer.tokens
-    require(have == whole.tokens[: len(have)], f"{what} is {list(have)}, no beginning of its own", stage="fault")
+    require(
+        have == whole.tokens[: len(have)], f"{what} is {list(have)}, no beginning of its own", stage="fault"
+    )
     if answer.finish_reason == "cancelled":
         return
     require(len(have) == len(whole.tokens), f"{what} ends early, and says that it is whole", stage="fault")
@@ -139,20 +154,23 @@ def left(answer: Completion, whole: Completion, count: int) -> None:
 
 @conformance(
     "serving.duplicates-are-all-answered",
-    clause="engine.serve",
+    clause="serving.batching",
     needs=("serve",),
     kills=(),
     applies=independent,
 )
 def test_duplicates_are_all_answered(case: Case) -> None:
-    """The very same request several times at once, one of whose clients leaves, is answered as often, in order."""
+    """The very same request asked several times at once is answered as often, though one client leaves."""
     model = engine(case)
-    requests = greedy(case, model, (6, 9), (6, 8))
+    requests = greedy(case, model, (9, 13), (7, 8))
     first, second = requests
     wanted, agreement = alone(model, requests, sized(model, LIMITS)), Agreement(exact(model))
     session = model.start(sized(model, LIMITS), speculation=None)
     order = (first, second, first, first, second)
-    given = [*arrivals(model, order), Arrival(first, cancel_after=2), Arrival(second, cancel_after=0)]
+    given = arrivals(model, order, every=1.0)
+    times = [one.at for one in given]
+    given += [Arrival(first, cancel_after=2), Arrival(second, times[1], cancel_at=times[4])]
+    given += [Arrival(first, times[2], cancel_at=times[4])]
     found = run(session, given).completions[: len(order)]
     session.close()
     answers = [wanted[requests.index(request)] for request in order]
@@ -162,7 +180,7 @@ def test_duplicates_are_all_answered(case: Case) -> None:
 
 @conformance(
     "serving.what-ends-gives-all-back",
-    clause="engine.Limits.pages",
+    clause="serving.pages",
     needs=("serve", "limits"),
     kills=(),
     applies=independent,
@@ -178,7 +196,12 @@ def test_what_ends_gives_all_back(case: Case) -> None:
     ways = {
         "answers": requests,
         "clients that left at once": [Arrival(r, i, cancel_after=0) for i, r in enumerate(requests * 2)],
-        "clients that left later": [Arrival(r, i, cancel_after=1 + i % 3) for i, r in enumerate(requests * 2)],
+        "clients that left later": [
+            Arrival(r, i, cancel_after=1 + i % 3) for i, r in enumerate(requests * 2)
+        ],
+        "clients that left at some time": [
+            replace(one, cancel_at=one.at + 2) for one in arrivals(model, requests * 2, every=1.0)
+        ],
         "errors": [fault for fault in faults(case, model).values() for _ in range(3)],
     }
     for sharing in (False, True):
@@ -186,7 +209,9 @@ def test_what_ends_gives_all_back(case: Case) -> None:
         for what, given in ways.items():
             run(session, given)
             found = run(session, [whole]).completions
-            same_all(agreement, found, [wanted], [whole], what=f"that fills the pool, after {what}", stage="pages")
+            same_all(
+                agreement, found, [wanted], [whole], what=f"that fills the pool, after {what}", stage="pages"
+            )
             full = run(session, arrivals(model, requests * 2)).completions
             if any(answer.finish_reason != "length" for answer in full):
                 raise Violation(f"after {what} not all slots and pages are there again", stage="pages")
@@ -196,7 +221,7 @@ def test_what_ends_gives_all_back(case: Case) -> None:
 
 @conformance(
     "serving.faults-under-speculation-harm-nobody",
-    clause="engine.Speculation",
+    clause="serving.speculation",
     needs=("serve", "speculate"),
     kills=(),
     applies=independent,

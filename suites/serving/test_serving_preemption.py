@@ -39,12 +39,18 @@ def tight(requests: Sequence[Request], slots: int) -> list[int]:
 
 
 def squeezed(
-    case: Case, requests: Sequence[Request], wanted: Sequence[Completion], *, stage: str, sharing: bool = False
+    case: Case,
+    requests: Sequence[Request],
+    wanted: Sequence[Completion],
+    *,
+    stage: str,
+    sharing: bool = False,
+    slots: int = 4,
 ) -> None:
     """Serve them from pools that are too small; each answer is the wanted one. Void if none was preempted."""
     model, agreement, preempted = engine(case), Agreement(exact(engine(case))), 0
-    for pages in tight(requests, 4):
-        limits = Limits(4, PAGE, pages, prefix_sharing=sharing)
+    for pages in tight(requests, slots):
+        limits = Limits(slots, PAGE, pages, prefix_sharing=sharing)
         found = serve(model, arrivals(model, requests, every=0.5), limits).completions
         same_all(agreement, found, wanted, requests, what=f"in a pool of {pages} pages", stage=stage)
         preempted += counted(found, "preemptions")
@@ -56,13 +62,13 @@ def squeezed(
 
 @conformance(
     "serving.preemption-changes-nothing",
-    clause="engine.Limits.pages",
+    clause="serving.preemption",
     needs=("serve", "limits"),
     kills=(),
     applies=independent,
 )
 def test_preemption_changes_nothing(case: Case) -> None:
-    """Greedy requests give the same from pools of exact fit, one page less, and 100% full, as from a roomy one."""
+    """Pools of exact fit, of one page less, and 100% full give greedy requests what a roomy one gives."""
     model = engine(case)
     requests = greedy(case, model, (7, 5, 9, 6, 4), (9, 8, 6, 10, 7))
     for sharing in (False, True):
@@ -71,7 +77,7 @@ def test_preemption_changes_nothing(case: Case) -> None:
 
 @conformance(
     "serving.preemption-keeps-the-seed",
-    clause="engine.Sampling.seed",
+    clause="serving.seeds",
     needs=("serve", "limits"),
     kills=(),
     applies=independent,
@@ -85,7 +91,7 @@ def test_preemption_keeps_the_seed(case: Case) -> None:
 
 @conformance(
     "serving.preemption-keeps-the-settings",
-    clause="engine.Sampling",
+    clause="serving.settings",
     needs=("serve", "limits"),
     kills=(),
     applies=independent,
@@ -98,27 +104,28 @@ def test_preemption_keeps_the_settings(case: Case) -> None:
     chosen = list(dict.fromkeys(some))[:12]
     ring = Grammar(tuple(tuple((t, (i + 1) % 4) for t in chosen[3 * i : 3 * i + 3]) for i in range(4)))
     often = tuple((token, 5.0) for token in chosen[:3])
+    # The youngest lose their pages most often: they have most to remember.
     laws = (
-        Sampling(temperature=0.0, logit_bias=often, frequency_penalty=1.3),
-        Sampling(temperature=1.0, logit_bias=often, presence_penalty=1.7),
-        Sampling(temperature=1.5, grammar=ring),
         Sampling(temperature=0.0, logit_bias=often, repetition_penalty=1.6),
-        Sampling(temperature=1.2, logit_bias=often, frequency_penalty=0.7, repetition_penalty=1.2),
+        Sampling(temperature=1.5, grammar=ring),
         Sampling(temperature=0.0, logit_bias=often),
+        Sampling(temperature=1.0, logit_bias=often, presence_penalty=1.7),
+        Sampling(temperature=1.2, logit_bias=often, frequency_penalty=0.7, repetition_penalty=1.2),
+        Sampling(temperature=0.0, logit_bias=often, frequency_penalty=1.3),
     )
-    ends = (9, 8, 7, 10, 8, 9)
+    ends = (9, 8, 9, 10, 9, 10)
     requests = [
         Request(row, n, replace(law, seed=31 + i), logprobs=True)
         for i, (row, n, law) in enumerate(zip(rows, ends, laws, strict=True))
     ]
-    requests[5] = replace(requests[5], eos=(chosen[0],), min_tokens=7)
+    requests[2] = replace(requests[2], eos=tuple(chosen[:3]), min_tokens=5)
     requests = [offered(model, request) for request in requests]
-    squeezed(case, requests, alone(model, requests, ROOMY), stage="settings")
+    squeezed(case, requests, alone(model, requests, ROOMY), stage="preempt", slots=6)
 
 
 @conformance(
     "serving.preemption-and-speculation-change-nothing",
-    clause="engine.Speculation",
+    clause="serving.speculation",
     needs=("serve", "limits", "speculate"),
     kills=(),
     applies=independent,
@@ -135,7 +142,8 @@ def test_preemption_and_speculation_change_nothing(case: Case) -> None:
             found = serve(model, arrivals(model, requests, every=0.5), limits, speculation).completions
             what = f"by {speculation.method} in a pool of {pages} pages"
             same_all(agreement, found, wanted, requests, what=what, stage="preempt")
-            preempted, drafted = preempted + counted(found, "preemptions"), drafted + counted(found, "drafted")
+            preempted += counted(found, "preemptions")
+            drafted += counted(found, "drafted")
         if not preempted or not drafted:
             raise Void(f"{speculation.method}: {preempted} preemptions and {drafted} drafted tokens")
     agreement.noted(case)

@@ -49,16 +49,18 @@ def hits(case: Case, answers: Sequence[Completion]) -> None:
 
 @conformance(
     "serving.a-hit-equals-a-miss",
-    clause="engine.Limits.prefix_sharing",
+    clause="serving.prefix_sharing",
     needs=("serve", "limits"),
     kills=(),
     applies=independent,
 )
 def test_a_hit_equals_a_miss(case: Case) -> None:
-    """A prefix that was cached, ending at a page's end or beside it, or the whole prompt, changes no answer."""
+    """A cached prefix that ends at a page's end, beside it, or with the prompt, changes no answer."""
     model = engine(case)
     first, tail = prompts(case, (17, 6))
-    rows = [first[:n] + tail[:k] for n, k in ((3, 5), (4, 1), (4, 4), (5, 3), (8, 1), (9, 2), (12, 6), (17, 3))]
+    rows = [
+        first[:n] + tail[:k] for n, k in ((3, 5), (4, 1), (4, 4), (5, 3), (8, 1), (9, 2), (12, 6), (17, 3))
+    ]
     rows += [first[:n] for n in (4, 5, 8, 9, 16, 17)]
     requests = [offered(model, Request(row, 4, GREEDY, logprobs=True)) for row in (first, *rows)]
     requests += seeded(case, model, requests[2:6])
@@ -70,18 +72,24 @@ def test_a_hit_equals_a_miss(case: Case) -> None:
     same_all(agreement, found, wanted, requests, what="with a cached prefix", stage="prefix", but="without")
     for answer, request in zip(found, requests, strict=True):
         have, size = answer.cached_tokens, len(request.prompt)
-        require(have < size, f"{have} of {size} tokens of a prompt were cached; the last is computed", stage="prefix")
+        require(
+            have < size,
+            f"{have} of {size} tokens of a prompt were cached; the last is computed",
+            stage="prefix",
+        )
     session = model.start(SHARING, speculation=None)
     run(session, [requests[0]])
     found = run(session, arrivals(model, requests, every=1.0)).completions
     session.close()
-    same_all(agreement, found, wanted, requests, what="with others on its prefix", stage="prefix", but="without")
+    same_all(
+        agreement, found, wanted, requests, what="with others on its prefix", stage="prefix", but="without"
+    )
     agreement.noted(case)
 
 
 @conformance(
     "serving.asked-again-answers-the-same",
-    clause="engine.Limits.prefix_sharing",
+    clause="serving.prefix_sharing",
     needs=("serve",),
     kills=(),
     applies=independent,
@@ -94,7 +102,9 @@ def test_asked_again_answers_the_same(case: Case) -> None:
     session = model.start(sized(model, SHARING), speculation=None)
     for request, answer in zip(requests, wanted, strict=True):
         again = [request] * 4
-        same_all(agreement, one_by_one(session, again), [answer] * 4, again, what="asked again", stage="prefix")
+        same_all(
+            agreement, one_by_one(session, again), [answer] * 4, again, what="asked again", stage="prefix"
+        )
         found = run(session, arrivals(model, again)).completions
         same_all(agreement, found, [answer] * 4, again, what="asked at once", stage="prefix")
     session.close()
@@ -103,7 +113,7 @@ def test_asked_again_answers_the_same(case: Case) -> None:
 
 @conformance(
     "serving.salts-isolate",
-    clause="engine.Request.salt",
+    clause="serving.prefix_sharing",
     needs=("serve",),
     kills=(),
     applies=independent,
@@ -123,18 +133,22 @@ def test_salts_isolate(case: Case) -> None:
     for salt, (first, again) in zip(salts, found, strict=True):
         require(
             first.cached_tokens == 0,
-            f"the first request of salt {salt!r} was served {first.cached_tokens} tokens cached under another",
+            f"the first request of salt {salt!r} was given {first.cached_tokens} tokens of another salt",
             stage="prefix",
         )
-        require(again.cached_tokens > 0, f"the second of salt {salt!r} found nothing of the first", stage="prefix")
+        require(
+            again.cached_tokens > 0, f"the second of salt {salt!r} found nothing of the first", stage="prefix"
+        )
     same_all(agreement, [first for first, _ in found], wanted, requests, what="of a new salt", stage="prefix")
-    same_all(agreement, [again for _, again in found], wanted, requests, what="of a known salt", stage="prefix")
+    same_all(
+        agreement, [again for _, again in found], wanted, requests, what="of a known salt", stage="prefix"
+    )
     agreement.noted(case)
 
 
 @conformance(
     "serving.likeness-is-no-hit",
-    clause="engine.Limits.prefix_sharing",
+    clause="serving.prefix_sharing",
     needs=("serve", "limits"),
     kills=(),
     applies=independent,
@@ -173,13 +187,13 @@ def test_likeness_is_no_hit(case: Case) -> None:
 
 @conformance(
     "serving.eviction-changes-nothing",
-    clause="engine.Limits.pages",
+    clause="serving.pages",
     needs=("serve", "limits"),
     kills=(),
     applies=independent,
 )
 def test_eviction_changes_nothing(case: Case) -> None:
-    """Prefixes that come, are evicted from a small pool while others use theirs, and come again, harm nobody."""
+    """Prefixes that are evicted from a small pool while others use theirs, and come again, harm nobody."""
     model = engine(case)
     stems = prompts(case, (8, 8, 12))
     tails = prompts(case, (1, 3, 5, 2, 6, 4))
@@ -203,13 +217,13 @@ def test_eviction_changes_nothing(case: Case) -> None:
 
 @conformance(
     "serving.only-complete-prefixes-are-shared",
-    clause="engine.Limits.prefix_sharing",
+    clause="serving.prefix_sharing",
     needs=("serve", "limits"),
     kills=(),
     applies=independent,
 )
 def test_only_complete_prefixes_are_shared(case: Case) -> None:
-    """A request that comes while its prefix is still being computed, or was given up half-way, is answered alike."""
+    """A request whose prefix is still being computed, or was given up half-way, is answered as if alone."""
     model = engine(case)
     row, tail = prompts(case, (23, 4))
     requests = [
@@ -219,7 +233,7 @@ def test_only_complete_prefixes_are_shared(case: Case) -> None:
     wanted, agreement = alone(model, requests, APART), Agreement(exact(model))
     for chunk in (5, 7, 9):
         session = model.start(Limits(4, PAGE, chunk=chunk), speculation=None)
-        gone = Arrival(requests[0], cancel_after=0)
+        gone = Arrival(requests[0], cancel_at=2.0)
         found = run(session, [gone, *arrivals(model, requests, every=1.0)]).completions[1:]
         what = f"while its prefix is computed in chunks of {chunk}"
         same_all(agreement, found, wanted, requests, what=what, stage="prefix")
@@ -232,7 +246,7 @@ def test_only_complete_prefixes_are_shared(case: Case) -> None:
 
 @conformance(
     "serving.a-dialogue-goes-on-from-its-cache",
-    clause="engine.Limits.prefix_sharing",
+    clause="serving.prefix_sharing",
     needs=("serve", "limits"),
     kills=(),
     applies=independent,
@@ -251,13 +265,15 @@ def test_a_dialogue_goes_on_from_its_cache(case: Case) -> None:
     found = one_by_one(session, requests)
     session.close()
     hits(case, found)
-    same_all(agreement, found, wanted, requests, what="as a second turn", stage="prefix", but="without a first")
+    same_all(
+        agreement, found, wanted, requests, what="as a second turn", stage="prefix", but="without a first"
+    )
     agreement.noted(case)
 
 
 @conformance(
     "serving.drafts-are-never-shared",
-    clause="engine.Speculation",
+    clause="serving.speculation",
     needs=("serve", "limits", "speculate"),
     kills=(),
     applies=independent,

@@ -74,7 +74,7 @@ def connect(rest: str) -> OpenAIImplementation:
     numbers = {key: _number(key, options[key]) for key in ("vocab", "timeout", "requests", "concurrency")}
     budget = Budget(int(numbers["requests"]))
     clients = []
-    for address in filter(None, (url, options["plain"])):
+    for address in (url, *filter(None, (options["plain"],))):
         try:
             transport = Transport(
                 address,

@@ -1,7 +1,7 @@
 """What a server takes, found by asking it.
 
 Standard fields are believed until they are refused; extensions and prompts of token ids likewise. A field
-that is accepted and has no effect is a property's to find: only a status of 400 to 499 counts as a refusal.
+that is accepted and has no effect is a property's to find.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ TRIED: dict[str, Any] = {
     "ignore_eos": True,
 }
 """A harmless value for each field."""
+REFUSALS = (400, 405, 413, 415, 422, 501)
+"""Statuses that speak of what was asked: not of a key, a path, or a server that broke down over it."""
+SERVER_FAULT = 500
 HELPERS = ("return_token_ids", "stop_token_ids", "ignore_eos")
 UNKNOWN_TO_LLAMA_CPP = frozenset(("min_tokens", "salt", "return_token_ids", "stop_token_ids"))
 """Its server ignores fields that it does not know, so that asking finds nothing."""
@@ -122,7 +125,10 @@ class _Asking:
         except Failure as failure:
             if failure.status is None:
                 raise
-            return str(failure) if 400 <= failure.status < 500 else ""
+            if failure.status in REFUSALS:
+                return str(failure)
+            if failure.status < SERVER_FAULT:
+                raise
         return ""
 
     def taken(self, names: Iterable[str]) -> tuple[list[str], dict[str, str]]:

@@ -185,7 +185,9 @@ class _Bounded(httpx2.HTTPTransport):
     """Ends an answer that lasts too long, is too large or is no UTF-8, however it trickles in."""
 
     def __init__(self, seconds: float, connections: int) -> None:
-        super().__init__(trust_env=False, limits=httpx2.Limits(max_connections=connections))
+        # A connection for each request: one that is kept may be closed by the server just as the next leaves
+        limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=0)
+        super().__init__(trust_env=False, limits=limits)
         self._seconds = seconds
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:

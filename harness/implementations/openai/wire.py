@@ -100,6 +100,8 @@ class Answer:
         self._logprobs: list[float] = []
         self._finish: Any = None
         self._counts: dict[str, int] = {}
+        self._printed = True
+        self._counted: int | None = None
 
     def add(self, piece: Any) -> int:
         """Take one answer or one event; how many tokens were in it. Raises Failure: it is no completion."""
@@ -118,6 +120,9 @@ class Answer:
         reasons: dict[Any, FinishReason] = {"stop": "stop", "length": "length"}
         if not isinstance(self._finish, str) or self._finish not in reasons:
             raise Failure(f"the answer ended with finish_reason {self._finish!r}, not 'stop' or 'length'")
+        shown, exact = len(self.tokens), self._printed and self._offer.vocabulary.exact
+        if exact and self._finish == "length" and self._counted not in (None, shown):
+            raise Failure(f"the endpoint counts {self._counted} tokens, but its text shows {shown}")
         made = self.so_far(request, reasons[self._finish])
         return _without_end(made, request) if made.finish_reason == "stop" else made
 
@@ -130,6 +135,7 @@ class Answer:
         text, ids, before = choice.get("text"), choice.get("token_ids"), len(self.tokens)
         if isinstance(ids, list) and all(type(token) is int for token in ids):
             self.tokens += ids
+            self._printed = False
         elif text is not None and not isinstance(text, str):
             raise Failure(f"the text of a choice is a JSON {type(text).__name__}, not a string")
         else:
@@ -145,6 +151,8 @@ class Answer:
         """llama.cpp counts drafts in `timings`; OpenAI the cached tokens in `usage`."""
         timings, usage = piece.get("timings"), piece.get("usage")
         details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
+        if isinstance(usage, dict) and type(usage.get("completion_tokens")) is int:
+            self._counted = usage["completion_tokens"]
         for source, key, name in (
             (timings, "draft_n", "drafted"),
             (timings, "draft_n_accepted", "accepted"),

@@ -1,7 +1,7 @@
 """What the engine costs beside the model: time per iteration outside of the target's passes.
 
-One request per slot decodes greedily from a short prompt, so that every iteration but the first feeds one token
-of each. Wall clock of one thread; the median over iterations, as other processes disturb some of them.
+One request per slot decodes greedily from a short prompt, so that every iteration but the first feeds one
+token of each. Wall clock of one thread; the median over iterations, as other processes disturb some of them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def measure(model: ReferenceModel, sequences: int, *, iterations: int = 50) -> O
     """The cost of one iteration. Raises ValueError where the context is too short for so many iterations."""
     positions = model.architecture.max_positions
     if PROMPT + iterations > positions:
-        raise ValueError(f"{iterations} iterations need {PROMPT + iterations} positions; there are {positions}")
+        raise ValueError(f"{iterations} iterations need {PROMPT + iterations} positions of {positions}")
     size = Limits().page_size
     pages = sequences * -(-(PROMPT + iterations) // size)
     engine = Engine(model, Limits(sequences, size, pages, chunk=PROMPT * sequences))
@@ -75,7 +75,6 @@ def per_sequence(measured: Sequence[Overhead]) -> tuple[float, float]:
 
 def lines(measured: Iterable[Overhead]) -> list[str]:
     """A table in microseconds."""
-    rows = [
-        f"{m.sequences:9d} {m.model * 1e6:9.0f} {m.scheduler * 1e6:9.0f} {m.rest * 1e6:9.0f}" for m in measured
-    ]
-    return ["sequences     model scheduler      rest   (us per iteration)", *rows]
+    columns = ("sequences", "model", "scheduler", "rest")
+    rows = [(str(m.sequences), *(f"{s * 1e6:.0f}" for s in (m.model, m.scheduler, m.rest))) for m in measured]
+    return ["".join(f"{cell:>11}" for cell in row) for row in (columns, *rows)]

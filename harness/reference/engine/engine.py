@@ -7,6 +7,7 @@ V vocabulary.
 from __future__ import annotations
 
 import collections
+import math
 import time
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
@@ -104,6 +105,10 @@ class Engine:
                     served[i] = self.add(
                         arrivals[i].request, arrival=i, cancel_after=arrivals[i].cancel_after
                     )
+                for i, sequence in served.items():
+                    gone = arrivals[i].cancel_at
+                    if gone is not None and clock >= gone and sequence.completion is None:
+                        self.cancel(sequence)
                 if self.scheduler.busy:
                     self.step()
                     clock += 1
@@ -144,7 +149,7 @@ class Engine:
         self.leave(sequence)
 
     def step(self) -> None:
-        """One pass of the target: schedule, propose, compute, decide. Raises RuntimeError if nothing moves."""
+        """One pass of the target: schedule, propose, compute, decide. RuntimeError where nothing moves."""
         work = self.scheduler.schedule()
         for sequence in self.scheduler.preempted:
             self.forget(sequence)

@@ -107,7 +107,7 @@ class PagePool:
         self.free.append(page)
 
     def release(self, pages: Sequence[int]) -> None:
-        """One sequence holds them no more. Its last pages are evicted first: the others are of use without."""
+        """One sequence holds them no more. Its last pages are evicted first: the rest is of use without."""
         for page in reversed(pages):
             self.references[page] -= 1
             if self.references[page] == 0:

@@ -152,7 +152,7 @@ class Scheduler:
         """
         sequence.computed = min(sequence.computed, sequence.length - 1)
         if self.limits.batching == "continuous":
-            keep = self.pool.needed(sequence.computed)
+            keep = self.pool.needed(sequence.length - 1)
             self.pool.release(sequence.pages[keep:])
             del sequence.pages[keep:]
 

@@ -119,4 +119,6 @@ def sampling_problem(request: Request, vocab_size: int) -> str:
             return (
                 f"logit_bias of token {token} is {bias}; it must be a number, or minus infinity to forbid it"
             )
+    if s.seed is not None and not 0 <= s.seed < 2**64:
+        return f"seed is {s.seed}; it must be from 0 to 2^64 - 1"
     return ""

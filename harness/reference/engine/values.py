@@ -143,6 +143,8 @@ class Arrival:
     """Iterations of an engine in this process; seconds for a server."""
     cancel_after: int | None = None
     """Its client goes away after so many tokens (0: as soon as it was accepted)."""
+    cancel_at: float | None = None
+    """Its client goes away at that time, in the unit of `at`, whatever was computed by then."""
 
 
 @dataclass(frozen=True)

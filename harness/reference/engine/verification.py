@@ -12,7 +12,7 @@ from torch import Tensor
 
 from harness.reference.engine.draws import Draws
 from harness.reference.engine.proposal import Proposal
-from harness.reference.engine.sampling import NoToken, Sampler
+from harness.reference.engine.sampling import ROUNDING, NoToken, Sampler
 from harness.reference.engine.values import Request
 
 
@@ -66,11 +66,15 @@ class Verifier:
         return (*proposal.tokens, draws.choose(bonus)), len(proposal.tokens)
 
     def accepts(self, token: int, p: Tensor, q: Tensor, draws: Draws) -> bool:
-        """Whether a proposed token stands: with probability min(1, p / q)."""
-        ratio = float(p[token] / q[token])
-        if ratio >= 1 or ratio == 0:
-            return ratio >= 1
-        return bool(draws.uniform() < ratio)
+        """Whether a proposed token stands: with probability min(1, p / q).
+
+        A token that is certain or impossible under p draws nothing. Any other draws, even where p >= q:
+        whether it does must not hang on the last bit of p, or a seed would differ in other company.
+        """
+        if p[token] == 0 or p[token] == 1:
+            return bool(p[token] == 1)
+        ratio, uniform = float(p[token] / q[token]), draws.uniform()
+        return ratio >= 1 - ROUNDING or bool(uniform < ratio)
 
     def residual(self, p: Tensor, q: Tensor) -> Tensor:
         """The law [V] of the token in place of a rejected one: max(p - q, 0), normalised.

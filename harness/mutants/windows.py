@@ -1,0 +1,132 @@
+"""Defects of speculation in an engine: what is left of rejected drafts, and of requests that are gone.
+
+They change how drafts are kept in a batch; those of the laws of verification are elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from harness.mutants.defect import Method, engine_mutant, engine_patched
+from harness.mutants.parts import engines, schedulers
+from harness.reference.engine.proposers import PromptLookup
+from harness.reference.trace import Cache
+
+
+def lookups(engine: Any) -> list[Any]:
+    """Its prompt lookup, where that proposes."""
+    return [engine.proposer] if isinstance(engine.proposer, PromptLookup) else []
+
+
+@engine_mutant(schedulers, "rollback", stage="rollback", origin="aprender#2014")
+def a_rejection_empties_the_cache(scheduler: Any, rollback: Method) -> Method:
+    """Where a draft is rejected, all keys and values of the sequence are cleared and not computed anew."""
+
+    def changed(sequence: Any) -> None:
+        if sequence.computed > sequence.length - 1:
+            pool = scheduler.pool
+            held = len(sequence.pages) * pool.page_size
+            slots = pool.slots(sequence.pages, 0, min(sequence.length - 1, held))
+            for store in (*pool.keys, *pool.values):
+                store[slots] = 0
+        rollback(sequence)
+
+    return changed
+
+
+@engine_mutant(schedulers, "rollback", stage="rollback")
+def rollback_gives_back_a_page_too_many(scheduler: Any, rollback: Method) -> Method:
+    """With the rejected drafts the page goes in which accepted tokens lie."""
+
+    def changed(sequence: Any) -> None:
+        rejected = sequence.computed > sequence.length - 1
+        rollback(sequence)
+        partial = sequence.computed % scheduler.pool.page_size > 0
+        if rejected and partial and sequence.completion is None:
+            scheduler.pool.release(sequence.pages[-1:])
+            sequence.pages = sequence.pages[:-1]
+
+    return changed
+
+
+@engine_mutant(engines, "compute", stage="rollback")
+def rows_are_rolled_back_alike(engine: Any, compute: Method) -> Method:
+    """Drafts beyond what the first row fed are not written to pages, though they may be accepted."""
+    write = engine.pool.write
+    first = [0]
+
+    def writing(slots: Tensor, cache: Cache, rows: Tensor, columns: Tensor) -> None:
+        kept = columns - columns.min() < first[0]
+        write(slots[kept], cache, rows[kept], columns[kept])
+
+    def changed(given: Sequence[Any]) -> Any:
+        decoding = all(row.work.sequence.generated for row in given)
+        first[0] = len(given[0].tokens) if decoding else 1 << 30
+        return compute(given)
+
+    engine.pool.write = writing
+    return changed
+
+
+@engine_mutant(engines, "prepare", stage="rollback", origin="vllm#46899")
+def placeholders_are_fed_after_a_gap(engine: Any, prepare: Method) -> Method:
+    """A sequence that a pass passed over feeds a placeholder in the place of its last token."""
+    before: dict[Any, int] = {}
+
+    def changed(work: Any) -> Any:
+        row, sequence, now = prepare(work), work.sequence, engine.scheduler.steps
+        gap = sequence.generated and before.get(sequence, now) < now - 1
+        before[sequence] = now
+        if row is None or not gap or work.known != 1:
+            return row
+        return replace(row, tokens=[0, *row.tokens[1:]])
+
+    return changed
+
+
+@engine_patched(stage="acceptance", origin="llama.cpp#27852")
+def lookups_remember_former_requests(engine: Any) -> None:
+    """Prompt lookup also finds what followed an n-gram in requests that are gone."""
+    for proposer in lookups(engine):
+        following, forget = proposer.following, proposer.forget
+        former: list[int] = []
+
+        def looking(
+            tokens: Any, count: int, following: Method = following, former: list[int] = former
+        ) -> Any:
+            return following((*former, *tokens), count)
+
+        def forgetting(sequence: Any, forget: Method = forget, former: list[int] = former) -> None:
+            former.extend(sequence.tokens)
+            forget(sequence)
+
+        proposer.following, proposer.forget = looking, forgetting
+
+
+@engine_patched(stage="acceptance")
+def drafts_shrink_in_company(engine: Any) -> None:
+    """With more than one request, one token is drafted at most."""
+    scheduler, window = engine.scheduler, engine.scheduler.window
+
+    def changed(sequence: Any) -> int:
+        drafts: int = window(sequence)
+        return min(drafts, 1) if len(scheduler.running) > 1 else drafts
+
+    engine.window = scheduler.window = changed
+
+
+@engine_mutant(engines, "prepare", stage="fault")
+def faults_of_drafts_are_fatal(engine: Any, prepare: Method) -> Method:
+    """Drafts are made for cancelled and failing requests too, and raise in the engine's loop."""
+
+    def changed(work: Any) -> Any:
+        row = prepare(work)
+        if row is None or (engine.proposer is not None and work.sequence.cancel_after is not None):
+            raise RuntimeError("there is nobody to draft for")
+        return row
+
+    return changed

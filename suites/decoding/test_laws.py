@@ -1,0 +1,206 @@
+"""The exact law of whole completions: every random draw that an engine can make is made.
+
+A law is over completions of g + 2 tokens where g are proposed per round: a round decides at most g + 1, so
+the token that follows proposals which all stand, and the first of the next round, are among them.
+"""
+
+from __future__ import annotations
+
+from harness.conformance import Case, conformance
+from harness.conformance.decoding import Trial, methods, offered_only, trial
+from harness.reference.engine import Grammar, Request, Sampling, Speculation
+
+ONE = Speculation("draft_model", 1)
+IN_TURN = Grammar((((0, 1), (1, 2), (2, 0)), ((1, 0), (3, 1)), ((0, 2), (2, 1), (3, 0))))
+"""Three states over four tokens; what may come depends on what came."""
+
+
+def truncations(t: Trial) -> dict[str, Request]:
+    """Settings that look at one token's logits."""
+    return {
+        "temperature 1.6, top_k 2": t.request(3, Sampling(temperature=1.6, top_k=2)),
+        "temperature 0.6, top_p 0.8": t.request(3, Sampling(temperature=0.6, top_p=0.8)),
+        "min_p 0.3": t.request(3, Sampling(min_p=0.3)),
+    }
+
+
+def histories(t: Trial) -> dict[str, Request]:
+    """Settings that look at the tokens before."""
+    return {
+        "repetition_penalty 1.7": t.request(3, Sampling(repetition_penalty=1.7)),
+        "presence 0.9, frequency 0.7": t.request(3, Sampling(presence_penalty=0.9, frequency_penalty=0.7)),
+        "logit_bias": t.request(3, Sampling(logit_bias=((1, 1.2), (2, -1.5)), top_k=2)),
+    }
+
+
+def ends(t: Trial) -> dict[str, Request]:
+    """Completions that end before their length."""
+    return {
+        "eos": t.request(3, eos=(2,)),
+        "min_tokens": t.request(3, eos=(1, 2), min_tokens=2),
+        "stop": t.request(3, stop=((0,), (1, 1), (2, 1))),
+    }
+
+
+def judge_all(t: Trial, requests: dict[str, Request], speculation: Speculation | None) -> None:
+    """The law of every request whose settings the engine offers."""
+    for name, request in offered_only(t.case, t.model, requests).items():
+        t.judge(name, request, speculation)
+
+
+@conformance(
+    "decoding.plain-sampling-has-the-target-law",
+    clause="decoding.sampling",
+    needs=("generate", "enumerable", "weights"),
+    kills=(),
+)
+def test_plain_sampling(case: Case) -> None:
+    """Without speculation, completions have the law that logits and settings prescribe."""
+    t = trial(case)
+    judge_all(t, {"plain": t.request(3)} | truncations(t) | histories(t) | ends(t), None)
+
+
+@conformance(
+    "decoding.grammar-is-followed",
+    clause="decoding.sampling.grammar",
+    needs=("generate", "enumerable", "weights"),
+    kills=(),
+)
+def test_grammar(case: Case) -> None:
+    """Under a grammar, completions have the law of the allowed tokens, with speculation and without."""
+    t = trial(case)
+    requests = {"grammar": t.request(3, Sampling(grammar=IN_TURN))}
+    judge_all(t, requests, None)
+    if "draft_model" in getattr(t.model, "methods", ()):
+        judge_all(t, {"grammar, drafted": requests["grammar"]}, ONE)
+
+
+@conformance(
+    "decoding.speculation-keeps-the-joint-law",
+    clause="decoding.speculation",
+    needs=("generate", "enumerable", "speculate", "weights"),
+    kills=(),
+)
+def test_joint_law(case: Case) -> None:
+    """With two drafts per round, four tokens have the joint law of the target."""
+    t = trial(case, 2)
+    methods(case, t.model, "draft_model")
+    t.judge("2 drafts, 2 tokens to choose from", t.request(4), Speculation("draft_model", 2))
+
+
+@conformance(
+    "decoding.speculation-keeps-the-law",
+    clause="decoding.speculation",
+    needs=("generate", "enumerable", "speculate", "weights"),
+    kills=(),
+)
+def test_speculation(case: Case) -> None:
+    """With one draft per round and four tokens to choose from, completions have the law of the target."""
+    t = trial(case)
+    methods(case, t.model, "draft_model")
+    t.judge("1 draft", t.request(3), ONE)
+
+
+@conformance(
+    "decoding.speculation-keeps-truncated-laws",
+    clause="decoding.speculation",
+    needs=("generate", "enumerable", "speculate", "weights"),
+    kills=(),
+)
+def test_truncated(case: Case) -> None:
+    """Temperature, top_k, top_p and min_p mean the same with a draft model as without."""
+    t = trial(case, 3)
+    methods(case, t.model, "draft_model")
+    judge_all(t, truncations(t), ONE)
+
+
+@conformance(
+    "decoding.speculation-keeps-penalised-laws",
+    clause="decoding.speculation",
+    needs=("generate", "enumerable", "speculate", "weights"),
+    kills=(),
+)
+def test_penalised(case: Case) -> None:
+    """Penalties and biases mean the same with a draft model as without: they see the drafts too."""
+    t = trial(case, 3)
+    methods(case, t.model, "draft_model")
+    judge_all(t, histories(t), ONE)
+
+
+@conformance(
+    "decoding.speculation-keeps-the-law-of-the-end",
+    clause="decoding.speculation",
+    needs=("generate", "enumerable", "speculate", "weights"),
+    kills=(),
+)
+def test_ends(case: Case) -> None:
+    """Completions end by the same law with a draft model as without, wherever in a round the end lies."""
+    t = trial(case, 3)
+    methods(case, t.model, "draft_model")
+    judge_all(t, ends(t), ONE)
+    t.judge("eos, 2 drafts", t.request(3, Sampling(top_k=2), eos=(2,)), Speculation("draft_model", 2))
+
+
+@conformance(
+    "decoding.early-exit-keeps-the-law",
+    clause="decoding.speculation.method",
+    needs=("generate", "enumerable", "speculate", "weights"),
+    kills=(),
+)
+def test_early_exit(case: Case) -> None:
+    """With the first layers of the target as draft, completions have the law of the target."""
+    t = trial(case, 3, layers=2)
+    methods(case, t.model, "early_exit")
+    t.judge("early exit", t.request(3), Speculation("early_exit", 1, layers=1))
+
+
+@conformance(
+    "decoding.self-draft-keeps-the-law",
+    clause="decoding.speculation.method",
+    needs=("generate", "enumerable", "speculate", "weights"),
+    kills=(),
+)
+def test_self_draft(case: Case) -> None:
+    """With the target as its own draft, completions have its law."""
+    t = trial(case)
+    methods(case, t.model, "self_draft")
+    t.judge("self draft", t.request(3), Speculation("self_draft", 2))
+
+
+@conformance(
+    "decoding.prompt-lookup-keeps-the-law",
+    clause="decoding.speculation.method",
+    needs=("generate", "enumerable", "speculate", "weights"),
+    kills=(),
+)
+def test_prompt_lookup(case: Case) -> None:
+    """With what followed earlier in the text as draft, completions have the law of the target."""
+    t = trial(case)
+    methods(case, t.model, "prompt_lookup")
+    t.judge("prompt lookup", t.request(4), Speculation("prompt_lookup", 2, ngram=2))
+
+
+@conformance(
+    "decoding.universal-keeps-the-law",
+    clause="decoding.speculation.method",
+    needs=("generate", "enumerable", "speculate", "weights"),
+    kills=(),
+)
+def test_universal(case: Case) -> None:
+    """With a draft whose token ids differ, and that lacks one, completions have the law of the target."""
+    t = trial(case)
+    methods(case, t.model, "universal")
+    t.judge("universal", t.request(3), Speculation("universal", 1, vocabulary=(2, 0, -1, 3)))
+
+
+@conformance(
+    "decoding.staged-keeps-the-law",
+    clause="decoding.speculation.method",
+    needs=("generate", "enumerable", "speculate", "weights"),
+    kills=(),
+)
+def test_staged(case: Case) -> None:
+    """With a draft that is itself speculated, completions have the law of the target."""
+    t = trial(case, 3)
+    methods(case, t.model, "staged")
+    t.judge("staged", t.request(3), Speculation("staged", 2, ngram=1))
