@@ -41,7 +41,7 @@ def make(folder: Path) -> int:
     for make in (report.leak, report.figures):
         with progress("report", detail=make.__name__):
             page = make()
-        _publish(folder, page)
+        publish(folder, page)
     arguments = [word for subject in SUBJECTS for word in ("--impl", subject)]
     if (folder / BASELINE).exists():
         arguments += ["--baseline", str(folder / BASELINE)]
@@ -49,7 +49,7 @@ def make(folder: Path) -> int:
     code = suites.run([*arguments, "--run-file", str(RUN_FILE)])
     if not RUN_FILE.exists():
         return code or SOFTWARE
-    _publish(folder, report.conformance(read(RUN_FILE)))
+    publish(folder, report.conformance(read(RUN_FILE)))
     return code
 
 
@@ -70,11 +70,12 @@ def kill(folder: Path, more: Sequence[str]) -> int:
     suites.run([*arguments, "--run-file", str(KILLS_FILE), "--tb=no", "--no-summary", "-q", *more])
     described = {name: (m.stage, m.defect, m.origin) for name, m in CATALOGUE.items()}
     run = read(KILLS_FILE)
-    _publish(folder, kills.page(run, described))
+    publish(folder, kills.page(run, described))
     return FAILED if kills.survivors(run) else 0
 
 
-def _publish(folder: Path, page: Page) -> None:
+def publish(folder: Path, page: Page) -> None:
+    """Write the page into the folder, and print it."""
     from harness.results import report
 
     path = report.write(folder, page)

@@ -1,4 +1,4 @@
-"""check, compare, summary, gate, kills, report: runs, and what is made of them."""
+"""check, compare, summary, gate, kills, servers, report: runs, and what is made of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def add_to(app: typer.Typer) -> None:
     to_pytest = {"allow_extra_args": True, "ignore_unknown_options": True}
     app.command(context_settings=to_pytest)(check)
     app.command(context_settings=to_pytest)(kills)
-    for command in (compare, summary, gate, report):
+    for command in (compare, summary, gate, servers, report):
         app.command()(command)
 
 
@@ -85,6 +85,21 @@ def kills(
     from harness.cli.reporting import kill
 
     raise typer.Exit(kill(output, context.args))
+
+
+def servers(
+    runs: Annotated[list[str], typer.Argument(metavar="NAME=RUN...", help="Run files, one of each server.")],
+    output: Annotated[Path, typer.Option(help="Folder for the table.")] = Path("results"),
+) -> None:
+    """Write what the suites found of real servers: property x server, each under the name it is given."""
+    from harness.cli.reporting import publish
+    from harness.results import servers as tables
+    from harness.results.runfile import RunFileError, read
+
+    named = dict(run.rpartition("=")[::2] for run in runs)
+    if "" in named:
+        raise RunFileError("a run of a server needs its name: say NAME=RUN")
+    publish(output, tables.page({name: read(Path(path)) for name, path in named.items()}))
 
 
 def report(

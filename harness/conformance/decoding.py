@@ -147,9 +147,9 @@ def methods(case: Case, model: Any, *wanted: str) -> list[str]:
     return found
 
 
-def ways(case: Case, model: Any, length: int = 3) -> dict[str, Speculation]:
-    """Every method of speculation that the engine offers at the twin's own size, a draft loaded that is often
-    right: by name. Raises Unsupported where there is none."""
+def ways(case: Case, model: Any, length: int = 3, *, near: float = 0.1) -> dict[str, Speculation]:
+    """Every method of speculation that the engine offers at the twin's own size, by name; a draft is loaded
+    that is often right, the more the less noise `near` is. Raises Unsupported where there is none."""
     found = {}
     if "prompt_lookup" in model.methods:
         found["prompt_lookup"] = Speculation("prompt_lookup", length, ngram=2)
@@ -160,7 +160,7 @@ def ways(case: Case, model: Any, length: int = 3) -> dict[str, Speculation]:
     if case.architecture is not None:
         drafted = {"draft_model", "staged", "universal"} & set(model.methods)
         if drafted:
-            model.load_draft(case.shape, near_draft(case, case.weights()))
+            model.load_draft(case.shape, near_draft(case, case.weights(), near))
         for name in sorted(drafted - {"universal"}):
             found[name] = Speculation(name, length)  # type: ignore[arg-type]
         if "universal" in drafted:

@@ -98,6 +98,37 @@ def _kept(scores: Sequence[float], allowed: set[int], request: Request) -> set[i
     return {token for token, weight in zip(ranked, weights, strict=True) if weight >= sampling.min_p}
 
 
+def rounds_law(target: Logits, draft: Logits, request: Request, length: int) -> Law:
+    """The law of (tokens, rounds) of a request without ends, where a draft proposes `length` tokens a round.
+
+    A token x is drafted and stands with probability min(p(x), q(x)); z comes in the place of a rejected one
+    with probability max(p(z) - q(z), 0) (arXiv 2211.17192, appendix A.1). How many are drafted where fewer
+    than `length` can serve makes no difference.
+    """
+    sums: dict[tuple[tuple[int, ...], int], float] = {}
+
+    def go_on(generated: tuple[int, ...], left: int, rounds: int, mass: float) -> None:
+        if mass == 0:
+            return
+        if len(generated) == request.max_tokens:
+            sums[generated, rounds] = sums.get((generated, rounds), 0.0) + mass
+            return
+        p = token_law(target(generated), request, generated)
+        if not left:
+            for token, probability in enumerate(p):
+                go_on((*generated, token), length, rounds + 1, mass * probability)
+            return
+        q = token_law(draft(generated), request, generated)
+        for token, (wanted, drafted) in enumerate(zip(p, q, strict=True)):
+            # A draft that fills the completion ends its round as one that is rejected does.
+            last = len(generated) + 1 == request.max_tokens
+            go_on((*generated, token), left - 1, rounds + last, mass * min(wanted, drafted))
+            go_on((*generated, token), length, rounds + 1, mass * max(wanted - drafted, 0.0))
+
+    go_on((), length, 0, 1.0)
+    return Law(sums)
+
+
 def tabulated(forward: Callable[..., torch.Tensor], request: Request, vocab_size: int) -> Logits:
     """The logits that `forward` ([B, S] -> [B, S, V]) gives after the prompt and every continuation of fewer
     than max_tokens tokens: one pass per length."""

@@ -38,6 +38,8 @@ class Uniforms:
 
     answer: Callable[[Sequence[float]], int]
     """Picks one of several answers of the given probabilities, by its index."""
+    failed: Callable[[Exception], object]
+    """Is told of every error, because an engine may catch it as the fault of one request."""
     low: list[float] = field(default_factory=list)
     high: list[float] = field(default_factory=list)
     spent: set[int] = field(default_factory=set)
@@ -129,9 +131,13 @@ class Lazy(Tensor):
     ) -> Any:
         del types
         handler = cls.handlers.get(func.overloadpacket)
-        if handler is None:
-            raise unanswerable(func, cls)
-        return handler(func, *args, **(kwargs or {}))
+        try:
+            if handler is None:
+                raise unanswerable(func, cls)
+            return handler(func, *args, **(kwargs or {}))
+        except NotEnumerable as error:
+            next(x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Lazy)).source.failed(error)
+            raise
 
 
 def unanswerable(func: Any, kind: type[Lazy]) -> NotEnumerable:

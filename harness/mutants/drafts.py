@@ -1,4 +1,4 @@
-"""Defects of drafts: the law that is reported for them, what they were drawn from, and what a draft remembers.
+"""Defects of drafts: the law reported for them, what they were drawn from, and what a draft remembers.
 
 A draft whose law is reported rightly is harmless, however bad; one whose law is not shifts the output.
 """

@@ -248,8 +248,8 @@ def positions_advance_by_one_a_round(engine: Any, compute: Method) -> Method:
 
 @engine_patched(stage="state", spec=DENSE)
 def biases_stay_for_the_next_call(engine: Any) -> None:
-    """Biases are written to a buffer of the model, and stay there if a request of the call cannot be served."""
-    model, add, run = engine.model, engine.add, engine.run
+    """Biases are written to a buffer of the model, and stay there if a request cannot be served."""
+    model, add = engine.model, engine.add
     left = model.__dict__.setdefault("left_over_biases", {})
     written: dict[int, float] = {}
     logit_bias = engine.sampler.logit_bias
@@ -267,12 +267,12 @@ def biases_stay_for_the_next_call(engine: Any) -> None:
             left.update(written)
         return sequence
 
-    engine.sampler.logit_bias, engine.add, engine.run = biased, noted, run
+    engine.sampler.logit_bias, engine.add = biased, noted
 
 
-@engine_mutant(samplers, "distribution", stage="state", spec=DENSE)
-def laws_are_remembered_by_length(_: Any, distribution: Method) -> Method:
-    """The law of a token is kept under prompt and number of tokens, and found again by both."""
+@engine_mutant(samplers, "distribution", stage="isolation", spec=DENSE)
+def laws_are_remembered_without_settings(_: Any, distribution: Method) -> Method:
+    """The law of a token is kept under its text, and found again by requests with other settings."""
     kept: dict[Any, Any] = {}
 
     def found(logits: Tensor, request: Any, generated: Any) -> Any:

@@ -176,7 +176,7 @@ def who_leaves_frees_pages_of_others(engine: Any, cancel: Method) -> Method:
         pool = engine.pool
         for page in sequence.pages:
             if pool.references[page] > 1:
-                pool.free.insert(0, page)
+                pool.free.append(page)
         sequence.pages = [page for page in sequence.pages if pool.references[page] == 1]
         cancel(sequence)
 

@@ -15,6 +15,7 @@ from harness.evidence.enumeration import law
 from harness.reference.engine import Grammar, Request, Sampling
 from harness.reference.engine.draws import Draws
 from harness.reference.engine.sampling import NoToken, Sampler, log_probabilities
+from harness.reference.engine.sequence import sampling_problem
 from harness.reference.engine.stopping import Ended, Stopper
 
 CLOSE = 1e-13
@@ -192,6 +193,21 @@ def test_a_grammar_is_followed() -> None:
         assert [token for token, p in enumerate(have) if p > 0] == want
 
 
+BROKEN = {
+    "no states": (Grammar(()), "no states"),
+    "a foreign token": (Grammar((((9, 0),),)), "token 9 is not in the vocabulary"),
+    "a foreign state": (Grammar((((1, 1),),)), "leads to 1"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_grammar_is_refused(name: str) -> None:
+    """An automaton that leads out of its states or of the vocabulary is named as the problem."""
+    grammar, why = BROKEN[name]
+    assert why in sampling_problem(Request((0,), 9, Sampling(grammar)), 4)
+    assert not sampling_problem(Request((0,), 9, Sampling(ALTERNATE)), 4)
+
+
 def test_eos_waits_for_min_tokens() -> None:
     """The tokens of eos have probability 0 before min_tokens, and their own from then on."""
     request = Request((0,), 9, eos=(1, 2), min_tokens=2)
@@ -207,6 +223,7 @@ HOPELESS = {
     "after a forbidden token": ([0.0] * 3, Request((0,), 9, Sampling(ALTERNATE)), [1]),
     "eos alone before min_tokens": ([0.0], Request((0,), 9, eos=(0,), min_tokens=1), []),
     "NaN": ([0.0, math.nan], Request((0,), 9), []),
+    "an overflow": ([0.0, 0.0], Request((0,), 9, Sampling(logit_bias=((0, 1e308),) * 2)), []),
     "infinite": ([0.0, math.inf], Request((0,), 9), []),
 }
 
@@ -215,7 +232,7 @@ HOPELESS = {
 def test_where_no_token_is_possible_it_says_so(name: str) -> None:
     """A law that does not exist is an error in a sentence, never a token."""
     logits, request, generated = HOPELESS[name]
-    with pytest.raises(NoToken, match=r"no token is possible|NaN or \+inf"):
+    with pytest.raises(NoToken, match=r"no token is possible|NaN or \+inf|too large"):
         Sampler().distribution(torch.tensor(logits), request, generated)
 
 

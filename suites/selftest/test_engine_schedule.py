@@ -58,8 +58,10 @@ def test_continuous_batching_serves_seven_where_static_serves_four() -> None:
     "limits", [Limits(), Limits(sequences=3, chunk=5), Limits(sequences=3, batching="static")], ids=repr
 )
 def test_tokens_are_conserved(limits: Limits, method: str | None) -> None:
-    """What the timeline counts as fed is what the completions account for: prompts that were not cached, one
-    token of each further round, and the drafts."""
+    """What the timeline counts as fed is what the completions account for.
+
+    Prompts that were not cached, one token of each further round, and the drafts.
+    """
     speculation = None if method is None else Speculation(method, length=3)  # type: ignore[arg-type]
     one = engine(limits, speculation)
     for _ in range(2):

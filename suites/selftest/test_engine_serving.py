@@ -98,8 +98,10 @@ def same(have: list[tuple[Tensor, Tensor]], want: list[tuple[Tensor, Tensor]]) -
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pages_hold_what_a_fresh_pass_computes(name: str) -> None:
-    """After every step, rejected drafts or not, pages hold their sequences' own keys and values; so do shared
-    pages, of the tokens under their key."""
+    """After every step pages hold the keys and values of their sequences' own tokens.
+
+    Rejected drafts leave nothing, and a shared page holds those of the tokens under its key.
+    """
     busy = engine(SIZES["tiny pool"], speculation("draft_model"), name)
     for request in mixed(name):
         busy.add(request)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.evidence.enumeration import Undetermined, law
+from harness.evidence.enumeration import law
 from harness.evidence.law import Law, generations
 from harness.evidence.lazy import NotEnumerable
+from harness.evidence.tape import Undetermined
 
 P = torch.tensor([0.5, 0.3, 0.2, 0.0], dtype=torch.float64)
 Q = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
@@ -190,6 +191,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: int(torch.nn.functional.gumbel_softmax(P.log()).argmax()), "gumbel_softmax"),
     (lambda: int(torch.zeros(2, 4)[0].exponential_().argmax()), "view of a tensor"),
     (seen_through_a_view, "view of a tensor"),
+    (lambda: int(torch.multinomial(torch.ones(4).exponential_(), 1)), "multinomial"),
     (lambda: int(torch.empty(4).exponential_().argmax()), "argmax"),
     (lambda: int(torch.empty(4).exponential_().zero_().argmax()), "zero_"),
     (lambda: int(torch.zeros(4).copy_(torch.empty(4).exponential_()).argmin()), "copy_"),
@@ -259,6 +261,20 @@ def test_a_draw_that_escapes_is_noticed() -> None:
 
     with pytest.raises(Undetermined, match="cannot be intercepted"):
         law(escaping)
+
+
+def test_draws_under_other_names_are_followed() -> None:
+    """A function imported from torch, with its own generator, on some paths only, is no way around."""
+    kept, generator = torch.multinomial, torch.Generator().manual_seed(0)
+
+    def program() -> tuple[int, ...]:
+        first = int(torch.multinomial(P, 1))
+        return (first, int(kept(Q, 1, generator=generator))) if first == 2 else (first,)
+
+    found = law(program)
+    assert found.of(lambda tokens: tokens[0]).tv(categorical(P)) < EXACT
+    assert found[(2, 3)] == pytest.approx(0.08, abs=EXACT)
+    assert torch.multinomial is kept
 
 
 def test_other_threads_and_later_calls_draw_as_ever() -> None:

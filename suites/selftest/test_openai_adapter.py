@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ pytest.importorskip("httpx2")
 from harness.implementations import AdapterError, Unsupported, resolve
 from harness.implementations.openai import OpenAIModel
 from harness.implementations.openai.vocabulary import Bytes, Table
-from harness.reference.engine import Arrival, Engine, Limits, Request, Sampling, Speculation
+from harness.reference.engine import Arrival, Completion, Engine, Limits, Request, Sampling, Speculation
 from suites.selftest.fake_endpoint import EXTENSIONS, Endpoint, tiny_model
 from suites.selftest.stubs import moe_harness
 
@@ -45,7 +46,8 @@ def model(endpoint: Endpoint, folder: Path, *options: str) -> OpenAIModel:
     return built
 
 
-def expected(request: Request):
+@cache
+def expected(request: Request) -> Completion:
     """What the engine behind the endpoint answers alone, in this process."""
     limits = Limits(sequences=4, page_size=4, pages=64, chunk=16)
     return Engine(tiny_model(), limits).run([Arrival(request)]).completions[0]

@@ -51,8 +51,8 @@ CAUSES = {
 ODD = {
     "oversized": Request(tuple(range(V)) * 8, 5, Sampling(seed=VICTIM)),
     "malformed": Request((1, V + 9, 2), 5, Sampling(seed=VICTIM)),
-    "slow": Request(PROMPT, 60, Sampling(seed=VICTIM)),
-    "cancelled": Request(PROMPT, 60, Sampling(seed=VICTIM)),
+    "slow": Request(PROMPT, 30, Sampling(seed=VICTIM)),
+    "cancelled": Request(PROMPT, 30, Sampling(seed=VICTIM)),
 }
 """Requests that a server is to bear; cancelled ones go away after 0 to 5 tokens."""
 TRIES = pytest.mark.parametrize("tries", [3, pytest.param(200, marks=pytest.mark.slow)])

@@ -35,7 +35,16 @@ ONE = Limits(sequences=1)
     "serving.company-changes-nothing",
     clause="serving.batching",
     needs=("serve",),
-    kills=(),
+    kills=(
+        "positions-are-those-of-the-longest",
+        "padding-of-a-batch-is-attended",
+        "rope-is-chosen-by-the-longest",
+        "rows-are-taken-to-be-equally-long",
+        "batches-are-summed-in-half-precision",
+        "keys-of-batches-are-rounded",
+        "neighbours-answers-are-swapped",
+        "lengths-are-those-of-the-shortest",
+    ),
     applies=independent,
 )
 def test_company_changes_nothing(case: Case) -> None:
@@ -57,7 +66,12 @@ def test_company_changes_nothing(case: Case) -> None:
     "serving.seeded-company-changes-nothing",
     clause="serving.seeds",
     needs=("serve",),
-    kills=(),
+    kills=(
+        "positions-are-those-of-the-longest",
+        "seeds-are-forgotten",
+        "seeds-depend-on-the-order",
+        "generators-advance-on-a-copy",
+    ),
     applies=independent,
 )
 def test_seeded_company_changes_nothing(case: Case) -> None:
@@ -81,7 +95,12 @@ def test_seeded_company_changes_nothing(case: Case) -> None:
     "serving.sizes-change-nothing",
     clause="serving.batching",
     needs=("serve", "limits"),
-    kills=(),
+    kills=(
+        "page-ends-are-off-by-one",
+        "positions-are-those-of-the-longest",
+        "padding-of-a-batch-is-attended",
+        "batches-are-summed-in-half-precision",
+    ),
     applies=independent,
 )
 def test_sizes_change_nothing(case: Case) -> None:
@@ -106,7 +125,11 @@ def test_sizes_change_nothing(case: Case) -> None:
     "serving.chunks-change-nothing",
     clause="serving.chunked_prefill",
     needs=("serve", "limits"),
-    kills=(),
+    kills=(
+        "chunks-start-at-position-0",
+        "chunks-overlap-by-one",
+        "seeds-are-consumed-by-prompts",
+    ),
     applies=independent,
 )
 def test_chunks_change_nothing(case: Case) -> None:
@@ -130,7 +153,10 @@ def test_chunks_change_nothing(case: Case) -> None:
     "serving.batching-changes-nothing",
     clause="serving.batching",
     needs=("serve", "limits"),
-    kills=(),
+    kills=(
+        "used-pages-are-not-overwritten",
+        "static-batches-end-together",
+    ),
     applies=independent,
 )
 def test_batching_changes_nothing(case: Case) -> None:
@@ -150,7 +176,13 @@ def test_batching_changes_nothing(case: Case) -> None:
     "serving.equals-the-models-own-forward",
     clause="serving.batching",
     needs=("serve", "forward"),
-    kills=(),
+    kills=(
+        "used-pages-are-not-overwritten",
+        "page-ends-are-off-by-one",
+        "rope-is-chosen-by-the-longest",
+        "cached-keys-keep-their-old-angles",
+        "keys-of-batches-are-rounded",
+    ),
     applies=independent,
 )
 def test_equals_the_models_own_forward(case: Case) -> None:

@@ -54,7 +54,12 @@ def starts(iterations: Sequence[Iteration], count: int) -> list[int]:
     "serving.all-who-may-be-served-are-served",
     clause="serving.scheduling",
     needs=("serve", "limits"),
-    kills=(),
+    kills=(
+        "preempted-requests-are-lost",
+        "static-batches-end-together",
+        "a-misfit-blocks-the-queue",
+        "prompts-must-fit-whole",
+    ),
     applies=independent,
 )
 def test_all_who_may_be_served_are_served(case: Case) -> None:
@@ -80,7 +85,7 @@ def test_all_who_may_be_served_are_served(case: Case) -> None:
     "serving.first-come-first-started",
     clause="serving.scheduling",
     needs=("serve", "limits"),
-    kills=(),
+    kills=("last-come-first-started",),
     applies=independent,
 )
 def test_first_come_first_started(case: Case) -> None:
@@ -105,7 +110,10 @@ def test_first_come_first_started(case: Case) -> None:
     "serving.the-large-are-not-overtaken-for-ever",
     clause="serving.scheduling",
     needs=("serve", "limits"),
-    kills=(),
+    kills=(
+        "small-requests-overtake",
+        "shortest-prompts-start-first",
+    ),
     applies=independent,
 )
 def test_the_large_are_not_overtaken_for_ever(case: Case) -> None:
@@ -132,7 +140,7 @@ def test_the_large_are_not_overtaken_for_ever(case: Case) -> None:
     "serving.prompts-do-not-starve-answers",
     clause="serving.scheduling",
     needs=("serve", "limits"),
-    kills=(),
+    kills=("prompts-come-first",),
     applies=independent,
 )
 def test_prompts_do_not_starve_answers(case: Case) -> None:
@@ -157,7 +165,7 @@ def test_prompts_do_not_starve_answers(case: Case) -> None:
     "serving.answers-do-not-starve-prompts",
     clause="serving.scheduling",
     needs=("serve", "limits"),
-    kills=(),
+    kills=("long-prompts-wait-for-an-idle-engine",),
     applies=independent,
 )
 def test_answers_do_not_starve_prompts(case: Case) -> None:
@@ -181,7 +189,10 @@ def test_answers_do_not_starve_prompts(case: Case) -> None:
     "serving.the-preempted-come-back-first",
     clause="serving.scheduling",
     needs=("serve", "limits"),
-    kills=(),
+    kills=(
+        "preempted-requests-are-lost",
+        "the-preempted-queue-up-again",
+    ),
     applies=independent,
 )
 def test_the_preempted_come_back_first(case: Case) -> None:
@@ -214,7 +225,11 @@ def test_the_preempted_come_back_first(case: Case) -> None:
     "serving.no-slot-idles-while-somebody-waits",
     clause="serving.scheduling",
     needs=("serve", "limits"),
-    kills=(),
+    kills=(
+        "slots-are-filled-when-all-are-free",
+        "one-request-starts-per-pass",
+        "ended-answers-hold-their-slots",
+    ),
     applies=independent,
 )
 def test_no_slot_idles_while_somebody_waits(case: Case) -> None:
@@ -245,7 +260,11 @@ def test_no_slot_idles_while_somebody_waits(case: Case) -> None:
     "serving.tokens-are-fed-once",
     clause="serving.scheduling",
     needs=("serve", "limits"),
-    kills=(),
+    kills=(
+        "budgets-are-exceeded",
+        "prompts-are-computed-twice",
+        "slots-are-lent-twice",
+    ),
     applies=independent,
 )
 def test_tokens_are_fed_once(case: Case) -> None:
@@ -286,7 +305,10 @@ def test_tokens_are_fed_once(case: Case) -> None:
     "serving.speculation-starves-nobody",
     clause="serving.scheduling",
     needs=("serve", "limits", "speculate"),
-    kills=(),
+    kills=(
+        "prompts-must-fit-whole",
+        "windows-are-never-cut",
+    ),
     applies=independent,
 )
 def test_speculation_starves_nobody(case: Case) -> None:

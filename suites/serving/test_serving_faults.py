@@ -28,6 +28,7 @@ from harness.conformance.serving import (
 from harness.reference.engine import Arrival, Completion, Grammar, Limits, Request, Sampling
 
 LIMITS = Limits(sequences=3, page_size=4, pages=24, chunk=16)
+EMPTY = "an empty prompt"
 BEYOND = 20_000
 """Tokens that no small server's context holds, where the engine does not say what its own does."""
 
@@ -38,16 +39,15 @@ def faults(case: Case, model: Any) -> dict[str, Request]:
     fine = Request(row, 6, GREEDY)
     context = BEYOND if case.architecture is None else case.architecture.max_positions
     made = {
-        "an empty prompt": replace(fine, prompt=()),
+        EMPTY: replace(fine, prompt=()),
         "a token beyond the vocabulary": replace(fine, prompt=(*row, case.vocab_size)),
         "a negative token": replace(fine, prompt=(-1, *row)),
         "a prompt longer than the context": replace(fine, prompt=(row * context)[: context + 1]),
-        "max_tokens of -1": replace(fine, max_tokens=-1),
     }
     if "limits" in model.capabilities:
         large = (row * context)[: min(LIMITS.pages * LIMITS.page_size + 1, context - 2)]
         made["a prompt larger than the pool"] = replace(fine, prompt=large)
-        made["max_tokens of 0"] = replace(fine, max_tokens=0)
+        made |= {f"max_tokens of {n}": replace(fine, max_tokens=n) for n in (0, -1)}
     if honours(model, "temperature"):
         made["a temperature that is no number"] = replace(fine, sampling=Sampling(temperature=math.nan))
     if honours(model, "grammar", "logit_bias"):
@@ -58,8 +58,10 @@ def faults(case: Case, model: Any) -> dict[str, Request]:
     return made
 
 
-def failed(answer: Completion, what: str) -> None:
+def failed(model: Any, answer: Completion, what: str) -> None:
     """Raise Violation unless the request ended with an error of its own that says something."""
+    if what == EMPTY and "limits" not in model.capabilities:
+        return  # some servers put a token of their own before every prompt
     require(
         answer.finish_reason == "error",
         f"{what} ended with {answer.finish_reason!r}, not an error",
@@ -72,7 +74,15 @@ def failed(answer: Completion, what: str) -> None:
     "serving.bad-requests-harm-nobody",
     clause="serving.faults",
     needs=("serve",),
-    kills=(),
+    kills=(
+        "a-bad-request-ends-the-loop",
+        "errors-look-like-empty-answers",
+        "foreign-tokens-wrap-around",
+        "long-prompts-are-cut",
+        "a-fault-ends-the-whole-batch",
+        "a-fault-skips-the-rest-of-the-pass",
+        "an-error-closes-the-engine",
+    ),
     applies=independent,
 )
 def test_bad_requests_harm_nobody(case: Case) -> None:
@@ -85,7 +95,7 @@ def test_bad_requests_harm_nobody(case: Case) -> None:
         good = arrivals(model, requests, every=1.0)
         found = run(session, [good[0], Arrival(fault, good[1].at), *good[1:]]).completions
         same_all(agreement, [found[0], *found[2:]], wanted, requests, what=f"beside {what}", stage="fault")
-        failed(found[1], what)
+        failed(model, found[1], what)
     found = run(session, [*bad.values(), *requests]).completions
     same_all(agreement, found[len(bad) :], wanted, requests, what="after all of them", stage="fault")
     found = run(session, requests).completions
@@ -98,7 +108,11 @@ def test_bad_requests_harm_nobody(case: Case) -> None:
     "serving.clients-that-leave-harm-nobody",
     clause="serving.faults",
     needs=("serve",),
-    kills=(),
+    kills=(
+        "who-leaves-takes-a-neighbour-along",
+        "who-left-is-known-by-number",
+        "who-leaves-the-queue-ends-the-queue",
+    ),
     applies=independent,
 )
 def test_clients_that_leave_harm_nobody(case: Case) -> None:
@@ -110,12 +124,14 @@ def test_clients_that_leave_harm_nobody(case: Case) -> None:
     for after in ((None, 0, None, 3, 1), (2, None, 4, 0, None), (0, 1, 2, 3, None)):
         given = arrivals(model, requests, every=1.0)
         given = [replace(one, cancel_after=count) for one, count in zip(given, after, strict=True)]
-        # A long prompt is left in the middle, a waiting one before its turn.
+        # A long prompt is left in the middle, an answer, and one that waits while others wait behind it.
         times = sorted(one.at for one in given)
-        given += [Arrival(requests[i], times[0], cancel_at=times[i]) for i in (1, 2)]
+        given.append(Arrival(requests[1], times[0], cancel_at=times[1]))
+        given.append(Arrival(requests[2], times[2], cancel_at=times[4]))
+        given.append(Arrival(requests[4], times[3], cancel_at=times[4]))
         found = run(session, given).completions
-        left(found[5], wanted[1], 0)
-        left(found[6], wanted[2], 0)
+        for i, request in ((5, 1), (6, 2), (7, 4)):
+            left(found[i], wanted[request], 0)
         stay = [i for i, count in enumerate(after) if count is None]
         same_all(
             agreement,
@@ -156,16 +172,20 @@ def left(answer: Completion, whole: Completion, count: int) -> None:
     "serving.duplicates-are-all-answered",
     clause="serving.batching",
     needs=("serve",),
-    kills=(),
+    kills=(
+        "who-leaves-frees-pages-of-others",
+        "duplicates-are-merged",
+    ),
     applies=independent,
 )
 def test_duplicates_are_all_answered(case: Case) -> None:
     """The very same request asked several times at once is answered as often, though one client leaves."""
     model = engine(case)
+    size = sized(model, Limits(sequences=8, page_size=4, pages=48, chunk=64))
     requests = greedy(case, model, (9, 13), (7, 8))
     first, second = requests
-    wanted, agreement = alone(model, requests, sized(model, LIMITS)), Agreement(exact(model))
-    session = model.start(sized(model, LIMITS), speculation=None)
+    wanted, agreement = alone(model, requests, size), Agreement(exact(model))
+    session = model.start(size, speculation=None)
     order = (first, second, first, first, second)
     given = arrivals(model, order, every=1.0)
     times = [one.at for one in given]
@@ -182,7 +202,11 @@ def test_duplicates_are_all_answered(case: Case) -> None:
     "serving.what-ends-gives-all-back",
     clause="serving.pages",
     needs=("serve", "limits"),
-    kills=(),
+    kills=(
+        "a-fault-keeps-its-pages",
+        "who-leaves-keeps-the-pages",
+        "who-leaves-keeps-the-slot",
+    ),
     applies=independent,
 )
 def test_what_ends_gives_all_back(case: Case) -> None:
@@ -212,7 +236,7 @@ def test_what_ends_gives_all_back(case: Case) -> None:
             same_all(
                 agreement, found, [wanted], [whole], what=f"that fills the pool, after {what}", stage="pages"
             )
-            full = run(session, arrivals(model, requests * 2)).completions
+            full = run(session, arrivals(model, requests)).completions
             if any(answer.finish_reason != "length" for answer in full):
                 raise Violation(f"after {what} not all slots and pages are there again", stage="pages")
         session.close()
@@ -223,7 +247,11 @@ def test_what_ends_gives_all_back(case: Case) -> None:
     "serving.faults-under-speculation-harm-nobody",
     clause="serving.speculation",
     needs=("serve", "speculate"),
-    kills=(),
+    kills=(
+        "a-bad-request-ends-the-loop",
+        "an-error-closes-the-engine",
+        "faults-of-drafts-are-fatal",
+    ),
     applies=independent,
 )
 def test_faults_under_speculation_harm_nobody(case: Case) -> None:
@@ -239,7 +267,7 @@ def test_faults_under_speculation_harm_nobody(case: Case) -> None:
         again = run(session, requests).completions
         session.close()
         for what, answer in zip(bad, found, strict=False):
-            failed(answer, what)
+            failed(model, answer, what)
         what = f"beside faults, speculated by {speculation.method}"
         same_all(agreement, found[-3:], wanted, requests, what=what, stage="fault")
         same_all(agreement, again, wanted, requests, what=f"after {what}", stage="fault")

@@ -64,7 +64,13 @@ def squeezed(
     "serving.preemption-changes-nothing",
     clause="serving.preemption",
     needs=("serve", "limits"),
-    kills=(),
+    kills=(
+        "last-page-is-lent-twice",
+        "used-pages-are-not-overwritten",
+        "preempted-requests-are-lost",
+        "answers-are-not-recomputed",
+        "preemption-drops-log-probabilities",
+    ),
     applies=independent,
 )
 def test_preemption_changes_nothing(case: Case) -> None:
@@ -79,7 +85,10 @@ def test_preemption_changes_nothing(case: Case) -> None:
     "serving.preemption-keeps-the-seed",
     clause="serving.seeds",
     needs=("serve", "limits"),
-    kills=(),
+    kills=(
+        "seeds-start-again-after-preemption",
+        "preemption-drops-the-answer",
+    ),
     applies=independent,
 )
 def test_preemption_keeps_the_seed(case: Case) -> None:
@@ -93,7 +102,12 @@ def test_preemption_keeps_the_seed(case: Case) -> None:
     "serving.preemption-keeps-the-settings",
     clause="serving.settings",
     needs=("serve", "limits"),
-    kills=(),
+    kills=(
+        "preemption-drops-the-answer",
+        "penalties-forget-what-came-before-preemption",
+        "grammars-start-again-after-preemption",
+        "least-lengths-start-again-after-preemption",
+    ),
     applies=independent,
 )
 def test_preemption_keeps_the_settings(case: Case) -> None:
@@ -103,15 +117,15 @@ def test_preemption_keeps_the_settings(case: Case) -> None:
     (some,) = prompts(case, (18,))
     chosen = list(dict.fromkeys(some))[:12]
     ring = Grammar(tuple(tuple((t, (i + 1) % 4) for t in chosen[3 * i : 3 * i + 3]) for i in range(4)))
-    often = tuple((token, 5.0) for token in chosen[:3])
+    often = tuple((token, 25.0) for token in chosen[:3])  # above all others, so that they repeat
     # The youngest lose their pages most often: they have most to remember.
     laws = (
-        Sampling(temperature=0.0, logit_bias=often, repetition_penalty=1.6),
+        Sampling(temperature=0.0, logit_bias=often, repetition_penalty=1.3),
         Sampling(temperature=1.5, grammar=ring),
         Sampling(temperature=0.0, logit_bias=often),
-        Sampling(temperature=1.0, logit_bias=often, presence_penalty=1.7),
-        Sampling(temperature=1.2, logit_bias=often, frequency_penalty=0.7, repetition_penalty=1.2),
-        Sampling(temperature=0.0, logit_bias=often, frequency_penalty=1.3),
+        Sampling(temperature=1.0, logit_bias=often, presence_penalty=6.0),
+        Sampling(temperature=1.2, logit_bias=often, frequency_penalty=2.0, repetition_penalty=1.2),
+        Sampling(temperature=0.0, logit_bias=often, frequency_penalty=3.0),
     )
     ends = (9, 8, 9, 10, 9, 10)
     requests = [
@@ -127,7 +141,11 @@ def test_preemption_keeps_the_settings(case: Case) -> None:
     "serving.preemption-and-speculation-change-nothing",
     clause="serving.speculation",
     needs=("serve", "limits", "speculate"),
-    kills=(),
+    kills=(
+        "answers-are-not-recomputed",
+        "preemption-drops-log-probabilities",
+        "rollback-gives-back-a-page-too-many",
+    ),
     applies=independent,
 )
 def test_preemption_and_speculation_change_nothing(case: Case) -> None:

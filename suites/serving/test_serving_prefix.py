@@ -51,7 +51,15 @@ def hits(case: Case, answers: Sequence[Completion]) -> None:
     "serving.a-hit-equals-a-miss",
     clause="serving.prefix_sharing",
     needs=("serve", "limits"),
-    kills=(),
+    kills=(
+        "half-a-page-is-a-hit",
+        "whole-prompt-is-a-hit",
+        "positions-after-a-hit-start-at-0",
+        "positions-after-a-hit-are-one-less",
+        "pages-behind-the-window-are-dropped-though-shared",
+        "shared-pages-are-freed-outright",
+        "page-tables-are-shared",
+    ),
     applies=independent,
 )
 def test_a_hit_equals_a_miss(case: Case) -> None:
@@ -91,7 +99,10 @@ def test_a_hit_equals_a_miss(case: Case) -> None:
     "serving.asked-again-answers-the-same",
     clause="serving.prefix_sharing",
     needs=("serve",),
-    kills=(),
+    kills=(
+        "whole-prompt-is-a-hit",
+        "positions-after-a-hit-start-at-0",
+    ),
     applies=independent,
 )
 def test_asked_again_answers_the_same(case: Case) -> None:
@@ -115,7 +126,12 @@ def test_asked_again_answers_the_same(case: Case) -> None:
     "serving.salts-isolate",
     clause="serving.prefix_sharing",
     needs=("serve",),
-    kills=(),
+    kills=(
+        "salt-is-no-part-of-the-key",
+        "adapters-share-prefixes",
+        "salts-are-cut-short",
+        "salts-ignore-case-and-blanks",
+    ),
     applies=independent,
 )
 def test_salts_isolate(case: Case) -> None:
@@ -150,7 +166,13 @@ def test_salts_isolate(case: Case) -> None:
     "serving.likeness-is-no-hit",
     clause="serving.prefix_sharing",
     needs=("serve", "limits"),
-    kills=(),
+    kills=(
+        "prefixes-are-told-apart-by-4-bits",
+        "prefixes-are-told-apart-by-8-bits",
+        "pages-are-found-without-what-precedes",
+        "prefixes-are-told-apart-by-their-sum",
+        "prefixes-are-told-apart-by-their-ends",
+    ),
     applies=independent,
 )
 def test_likeness_is_no_hit(case: Case) -> None:
@@ -189,7 +211,14 @@ def test_likeness_is_no_hit(case: Case) -> None:
     "serving.eviction-changes-nothing",
     clause="serving.pages",
     needs=("serve", "limits"),
-    kills=(),
+    kills=(
+        "prefixes-are-told-apart-by-4-bits",
+        "pages-in-use-are-evicted",
+        "evicted-prefixes-are-still-found",
+        "second-holder-is-not-counted",
+        "shared-pages-are-freed-outright",
+        "last-page-is-lent-twice",
+    ),
     applies=independent,
 )
 def test_eviction_changes_nothing(case: Case) -> None:
@@ -219,7 +248,11 @@ def test_eviction_changes_nothing(case: Case) -> None:
     "serving.only-complete-prefixes-are-shared",
     clause="serving.prefix_sharing",
     needs=("serve", "limits"),
-    kills=(),
+    kills=(
+        "prompts-are-shared-before-they-are-computed",
+        "what-was-given-up-is-shared",
+        "page-tables-are-shared",
+    ),
     applies=independent,
 )
 def test_only_complete_prefixes_are_shared(case: Case) -> None:
@@ -248,7 +281,11 @@ def test_only_complete_prefixes_are_shared(case: Case) -> None:
     "serving.a-dialogue-goes-on-from-its-cache",
     clause="serving.prefix_sharing",
     needs=("serve", "limits"),
-    kills=(),
+    kills=(
+        "positions-after-a-hit-start-at-0",
+        "positions-after-a-hit-are-one-less",
+        "pages-behind-the-window-are-dropped-though-shared",
+    ),
     applies=independent,
 )
 def test_a_dialogue_goes_on_from_its_cache(case: Case) -> None:
@@ -275,7 +312,10 @@ def test_a_dialogue_goes_on_from_its_cache(case: Case) -> None:
     "serving.drafts-are-never-shared",
     clause="serving.speculation",
     needs=("serve", "limits", "speculate"),
-    kills=(),
+    kills=(
+        "rejected-drafts-are-shared",
+        "positions-after-a-hit-start-at-0",
+    ),
     applies=independent,
 )
 def test_drafts_are_never_shared(case: Case) -> None:

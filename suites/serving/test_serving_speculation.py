@@ -26,7 +26,14 @@ from harness.reference.engine import Arrival, Limits
     "serving.speculation-changes-nothing",
     clause="serving.speculation",
     needs=("serve", "speculate"),
-    kills=(),
+    kills=(
+        "windows-move-on-with-rejected-drafts",
+        "used-pages-are-not-overwritten",
+        "rows-are-taken-to-be-equally-long",
+        "a-rejection-empties-the-cache",
+        "rollback-gives-back-a-page-too-many",
+        "rows-are-rolled-back-alike",
+    ),
     applies=independent,
 )
 def test_speculation_changes_nothing(case: Case) -> None:
@@ -55,7 +62,11 @@ def test_speculation_changes_nothing(case: Case) -> None:
     "serving.speculation-in-a-tight-budget-changes-nothing",
     clause="serving.chunked_prefill",
     needs=("serve", "limits", "speculate"),
-    kills=(),
+    kills=(
+        "a-rejection-empties-the-cache",
+        "placeholders-are-fed-after-a-gap",
+        "faults-of-drafts-are-fatal",
+    ),
     applies=independent,
 )
 def test_speculation_in_a_tight_budget_changes_nothing(case: Case) -> None:
@@ -82,7 +93,7 @@ def test_speculation_in_a_tight_budget_changes_nothing(case: Case) -> None:
     "serving.drafts-forget-former-requests",
     clause="serving.speculation",
     needs=("serve", "speculate"),
-    kills=(),
+    kills=("lookups-remember-former-requests",),
     level="SHOULD",
     applies=independent,
 )
@@ -110,7 +121,7 @@ def test_drafts_forget_former_requests(case: Case) -> None:
     "serving.acceptance-does-not-depend-on-company",
     clause="serving.speculation",
     needs=("serve", "limits", "speculate"),
-    kills=(),
+    kills=("drafts-shrink-in-company",),
     level="SHOULD",
     applies=independent,
 )

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx2
+from pydantic import SecretStr
 
 from harness.implementations.protocols import Unsupported
 
@@ -68,10 +69,12 @@ class Transport:
         parsed = _parsed(url)
         self.url = str(parsed.copy_with(userinfo=b"")).rstrip("/")
         self.timeout_s, self.budget = timeout_s, budget
-        key = next((os.environ[name] for name in KEYS if os.environ.get(name)), "")
-        if key and not (key.isascii() and key.isprintable()):
+        key = SecretStr(next((os.environ[name] for name in KEYS if os.environ.get(name)), ""))
+        if key and not (key.get_secret_value().isascii() and key.get_secret_value().isprintable()):
             raise ValueError("the key in the environment holds characters that no HTTP header can carry")
-        headers = {"accept-encoding": "identity"} | ({"authorization": f"Bearer {key}"} if key else {})
+        headers = {"accept-encoding": "identity"}
+        if key:
+            headers["authorization"] = f"Bearer {key.get_secret_value()}"
         auth = (parsed.username, parsed.password) if parsed.userinfo and not key else None
         self._http = httpx2.Client(
             transport=_Bounded(timeout_s, connections),
@@ -81,7 +84,7 @@ class Transport:
             trust_env=False,
             follow_redirects=False,
         )
-        self._hidden = tuple(secret for secret in (key, parsed.password) if secret)
+        self._hidden = tuple(secret for secret in (key, SecretStr(parsed.password)) if secret)
 
     def __repr__(self) -> str:
         return f"Transport({self.url!r})"
@@ -177,7 +180,7 @@ class Transport:
 
     def _hide(self, text: str) -> str:
         for secret in self._hidden:
-            text = text.replace(secret, "***")
+            text = text.replace(secret.get_secret_value(), "***")
         return text
 
 

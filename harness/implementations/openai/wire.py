@@ -124,7 +124,7 @@ class Answer:
         if exact and self._finish == "length" and self._counted not in (None, shown):
             raise Failure(f"the endpoint counts {self._counted} tokens, but its text shows {shown}")
         made = self.so_far(request, reasons[self._finish])
-        return _without_end(made, request) if made.finish_reason == "stop" else made
+        return made if made.finish_reason == "length" else _without_end(made, request, ids=not self._printed)
 
     def so_far(self, request: Request, finish_reason: FinishReason, error: str = "") -> Completion:
         """What came until now."""
@@ -162,10 +162,11 @@ class Answer:
                 self._counts[name] = source[key]
 
 
-def _without_end(made: Completion, request: Request) -> Completion:
-    """Less the token or sequence that ended it, which token ids include and text does not."""
+def _without_end(made: Completion, request: Request, *, ids: bool) -> Completion:
+    """Less the token or sequence that ended it: token ids and logprobs include it, text does not."""
     count = len(made.tokens)
-    for ending in (*((token,) for token in request.eos), *request.stop):
+    endings = (*((token,) for token in request.eos), *request.stop) if ids else ()
+    for ending in endings:
         if ending and made.tokens[-len(ending) :] == ending:
             count = len(made.tokens) - len(ending)
             break

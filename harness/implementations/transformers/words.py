@@ -27,6 +27,8 @@ def tokenizer(meanings: Iterable[int], *, probe: str = "") -> Any:
     vocabulary = {text((meaning,)): j for j, meaning in enumerate(meanings)}
     vocabulary |= {letter: len(vocabulary) + j for j, letter in enumerate(probe)}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token=next(iter(vocabulary))))
-    made.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    # A blank is no token at all: transformers takes what it becomes for the vocabulary's sign of a space.
+    letters = pre_tokenizers.Split(Regex("."), "isolated")
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), letters])
     made.decoder = decoders.Fuse()
     return library().PreTrainedTokenizerFast(tokenizer_object=made)

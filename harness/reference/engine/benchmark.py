@@ -1,7 +1,7 @@
 """What the engine costs beside the model: time per iteration outside of the target's passes.
 
 One request per slot decodes greedily from a short prompt, so that every iteration but the first feeds one
-token of each. Wall clock of one thread; the median over iterations, as other processes disturb some of them.
+token of each. CPU time of this thread, which other processes do not inflate; the median over iterations.
 """
 
 from __future__ import annotations
@@ -44,24 +44,26 @@ def measure(model: ReferenceModel, sequences: int, *, iterations: int = 50) -> O
         raise ValueError(f"{iterations} iterations need {PROMPT + iterations} positions of {positions}")
     size = Limits().page_size
     pages = sequences * -(-(PROMPT + iterations) // size)
+    clock = time.thread_time
     engine = Engine(model, Limits(sequences, size, pages, chunk=PROMPT * sequences))
     for first in range(sequences):
         prompt = tuple((first + i) % model.architecture.vocab_size for i in range(PROMPT))
         engine.add(Request(prompt, iterations, Sampling(temperature=0.0)))
+    engine.clock = clock
     schedule, scheduling = engine.scheduler.schedule, [0.0]
 
     def timed() -> object:
-        begin = time.perf_counter()
+        begin = clock()
         work = schedule()
-        scheduling[0] = time.perf_counter() - begin
+        scheduling[0] = clock() - begin
         return work
 
     engine.scheduler.schedule = timed  # type: ignore[method-assign, assignment]
     rows: list[tuple[float, float, float]] = []
     while engine.scheduler.busy:
-        before, begin = engine.model_seconds, time.perf_counter()
+        before, begin = engine.model_seconds, clock()
         engine.step()
-        whole, passed = time.perf_counter() - begin, engine.model_seconds - before
+        whole, passed = clock() - begin, engine.model_seconds - before
         rows.append((passed, scheduling[0], whole - passed - scheduling[0]))
     return Overhead(sequences, *(median(column) for column in zip(*rows[1:], strict=True)))
 

@@ -7,7 +7,6 @@ V vocabulary.
 from __future__ import annotations
 
 import collections
-import math
 import time
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
@@ -82,6 +81,7 @@ class Engine:
         self.draws = Draws(generator)
         self.timeline: list[Iteration] = []
         self.requests = 0
+        self.clock = time.perf_counter
         self.model_seconds = 0.0
         """Spent in the target's passes; the rest of the time of `step` is the engine's own."""
 
@@ -200,14 +200,14 @@ class Engine:
 
     def forward(self, tokens: Tensor, past: Cache, real: Tensor, positions: Tensor) -> tuple[Tensor, Cache]:
         """The target's pass: logits [B, S, V] on the CPU, and the cache after it."""
-        begin = time.perf_counter()
+        begin = self.clock()
         mask = torch.cat([past.real, real.to(self.device)], dim=1)
         with torch.no_grad():
             logits, cache = self.model.extend(
                 tokens.to(self.device), past, mask=mask, positions=positions.to(self.device)
             )
             logits = logits.cpu()
-        self.model_seconds += time.perf_counter() - begin
+        self.model_seconds += self.clock() - begin
         return logits, cache
 
     def advance(self, row: Row, logits: Tensor) -> None:

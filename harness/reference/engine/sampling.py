@@ -31,7 +31,7 @@ class Sampler:
         Raises NoToken if every token is ruled out, or if the logits are not numbers.
         """
         sampling, z = request.sampling, logits.detach().to("cpu", torch.float64)
-        if bool((z.isnan() | (z == torch.inf)).any()):
+        if not z.max() < torch.inf:
             raise NoToken("the model's logits hold NaN or +inf; finite numbers or -inf are needed")
         z = self.min_tokens(z, request, generated)
         z = self.grammar(z, sampling, generated)
@@ -39,8 +39,10 @@ class Sampler:
         z = self.repetition_penalty(z, sampling, (*request.prompt, *generated))
         z = self.presence_penalty(z, sampling, generated)
         z = self.frequency_penalty(z, sampling, generated)
-        if bool((z == -torch.inf).all()):
+        if z.max() == -torch.inf:
             raise NoToken("no token is possible: grammar, logit_bias and min_tokens together rule out all")
+        if not z.max() < torch.inf:
+            raise NoToken("logit_bias and penalties are too large: with them a logit is not finite")
         z = self.temperature(z, sampling)
         z = self.top_k(z, sampling)
         z = self.top_p(z, sampling)

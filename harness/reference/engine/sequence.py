@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 
 from harness.reference.engine.draws import Draws
-from harness.reference.engine.values import Completion, FinishReason, Request
+from harness.reference.engine.values import Completion, FinishReason, Grammar, Request
 
 
 @dataclass(eq=False)
@@ -119,6 +119,24 @@ def sampling_problem(request: Request, vocab_size: int) -> str:
             return (
                 f"logit_bias of token {token} is {bias}; it must be a number, or minus infinity to forbid it"
             )
+    if s.grammar is not None and (why := grammar_problem(s.grammar, vocab_size)):
+        return why
     if s.seed is not None and not 0 <= s.seed < 2**64:
         return f"seed is {s.seed}; it must be from 0 to 2^64 - 1"
+    return ""
+
+
+def grammar_problem(grammar: Grammar, vocab_size: int) -> str:
+    """What is wrong with an automaton, as a sentence; empty where nothing is."""
+    states = len(grammar.states)
+    if not states:
+        return "grammar: there are no states; it starts in state 0, so at least one is needed"
+    for state, pairs in enumerate(grammar.states):
+        for token, after in pairs:
+            if not 0 <= token < vocab_size:
+                return (
+                    f"grammar, state {state}: token {token} is not in the vocabulary of 0 to {vocab_size - 1}"
+                )
+            if not 0 <= after < states:
+                return f"grammar, state {state}: token {token} leads to {after}; states are 0 to {states - 1}"
     return ""

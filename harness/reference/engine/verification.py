@@ -69,7 +69,8 @@ class Verifier:
         """Whether a proposed token stands: with probability min(1, p / q).
 
         A token that is certain or impossible under p draws nothing. Any other draws, even where p >= q:
-        whether it does must not hang on the last bit of p, or a seed would differ in other company.
+        whether it does must not hang on the last bit of p, or a seed would differ in other company. A ratio
+        that is below 1 by rounding alone counts as 1.
         """
         if p[token] == 0 or p[token] == 1:
             return bool(p[token] == 1)

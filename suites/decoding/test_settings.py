@@ -1,0 +1,208 @@
+"""Settings at their limits, and settings that are accepted: each has the effect that it is said to have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from harness.conformance import Case, conformance, require
+from harness.conformance.decoding import Trial, generated, lossless, offered_only, precise, trial
+from harness.conformance.serving import GREEDY, ask_for, honours, prompts
+from harness.evidence.law import Law
+from harness.reference.engine import Completion, Grammar, Request, Sampling
+
+LIMITS = {
+    "temperature 1e-5": Sampling(temperature=1e-5),
+    "temperature 1e-3": Sampling(temperature=1e-3),
+    "temperature 50": Sampling(temperature=50.0),
+    "temperature 0": Sampling(temperature=0.0, top_k=3, top_p=0.9),
+    "top_k -1": Sampling(top_k=-1),
+    "top_k 1": Sampling(top_k=1),
+    "top_k 2": Sampling(top_k=2),
+    "top_k of all": Sampling(top_k=4),
+    "top_k of more than all": Sampling(top_k=9),
+    "top_p 1": Sampling(top_p=1.0),
+    "top_p 1e-9": Sampling(top_p=1e-9),
+    "top_p 0": Sampling(top_p=0.0),
+    "top_p 0.75 of 2": Sampling(top_k=2, top_p=0.75),
+    "min_p 1": Sampling(min_p=1.0),
+    "min_p 0.2": Sampling(min_p=0.2, temperature=2.0),
+    "all but one forbidden": Sampling(logit_bias=tuple((token, -math.inf) for token in range(3))),
+    "bias -100": Sampling(logit_bias=((0, -100.0), (1, -100.0))),
+    "bias 100": Sampling(logit_bias=((2, 100.0),), temperature=2.0),
+    "penalties below 1": Sampling(repetition_penalty=0.6, presence_penalty=-1.0, frequency_penalty=-0.5),
+}
+
+
+def first_token(t: Trial, limits: dict[str, Sampling], what: str) -> None:
+    """The law of one token under each of the settings."""
+    requests = {name: t.request(1, sampling) for name, sampling in limits.items()}
+    for name, request in offered_only(t.case, t.model, requests).items():
+        t.judge(f"{name}, {what}", request)
+
+
+@conformance(
+    "decoding.settings-hold-at-their-limits",
+    clause="engine.Sampling",
+    needs=("generate", "enumerable", "weights"),
+    kills=(),
+)
+def test_limits(case: Case) -> None:
+    """At the limits of every setting the first token has the law that the setting prescribes."""
+    t = trial(case)
+    first_token(t, LIMITS, "float64")
+    single = replace(t, model=case.model(t.pair.architecture, t.pair.target))
+    # Near 0 the temperature magnifies what float32 rounds: only what is certain there can be compared.
+    first_token(
+        single, {name: LIMITS[name] for name in ("temperature 1e-5", "top_k 2", "min_p 1")}, "float32"
+    )
+
+
+@conformance(
+    "decoding.equal-logits-are-truncated-by-rule",
+    clause="engine.Sampling.top_k",
+    needs=("generate", "enumerable", "weights"),
+    kills=(),
+)
+def test_equal(case: Case) -> None:
+    """Where all logits are equal, top_k keeps all that equal the k-th, and top_p as many as reach it."""
+    t = trial(case)
+    weights = dict(t.pair.target)
+    name = "unembedding.weight" if "unembedding.weight" in weights else "embedding.weight"
+    weights[name] = torch.zeros_like(weights[name])
+    flat = replace(t, model=precise(case, t.pair.architecture, weights), pair=replace(t.pair, target=weights))
+    limits = {
+        "top_k 2": Sampling(top_k=2),
+        "top_p 0.5": Sampling(top_p=0.5),
+        "top_p 0.6": Sampling(top_p=0.6),
+        "top_p 0.25": Sampling(top_p=0.25),
+        "min_p 1": Sampling(min_p=1.0),
+    }
+    requests = {name: flat.request(1, sampling) for name, sampling in limits.items()}
+    for what, request in offered_only(case, flat.model, requests).items():
+        found, wanted = flat.found(request), flat.wanted(request)
+        # Which of equal tokens stay is a convention; how many, and how probable each is, is not.
+        lossless(case, f"{what} of equal logits", ranked(found), ranked(wanted))
+
+
+def ranked(law: Law) -> Law:
+    """The law of the rank, by probability, in place of the outcome."""
+    return Law(dict(enumerate(sorted(law.probabilities.values(), reverse=True))), law.paths, law.pruned)
+
+
+Effect = Callable[[Any, Request], tuple[bool, str]]
+"""From an engine and a greedy request to whether a setting had its effect, and what came instead."""
+
+
+def _ask(model: Any, request: Request, **changed: Any) -> Completion:
+    sampling = {name: value for name, value in changed.items() if hasattr(request.sampling, name)}
+    rest = {name: value for name, value in changed.items() if name not in sampling}
+    return generated(model, [replace(request, sampling=replace(request.sampling, **sampling), **rest)])[0]
+
+
+def as_greedy(**setting: Any) -> Effect:
+    """At a high temperature the setting leaves the best token alone."""
+
+    def effect(model: Any, request: Request) -> tuple[bool, str]:
+        found = _ask(model, request, temperature=5.0, **setting)
+        return found.tokens == _ask(model, request).tokens, f"{list(found.tokens)}, which is not greedy"
+
+    return effect
+
+
+def _temperature(model: Any, request: Request) -> tuple[bool, str]:
+    found = {_ask(model, request, temperature=5.0, max_tokens=16).tokens for _ in range(3)}
+    return len(found) == 3, "the same tokens in several calls at temperature 5"
+
+
+def _bias(model: Any, request: Request) -> tuple[bool, str]:
+    token = request.prompt[1]
+    found = _ask(model, request, logit_bias=((token, 100.0),)).tokens
+    return found == (token,) * len(found), f"{list(found)} under a bias of 100 on {token}"
+
+
+def _penalty(**penalty: Any) -> Effect:
+    """Of two tokens that are biased alike both come, where the one that came is penalised."""
+
+    def effect(model: Any, request: Request) -> tuple[bool, str]:
+        pair = tuple(dict.fromkeys(request.prompt))[:2]
+        biases = tuple((token, 100.0) for token in pair)
+        found = _ask(model, request, logit_bias=biases, max_tokens=40, **penalty).tokens
+        return set(found) == set(pair), f"{list(found)}, though a bias was on both of {list(pair)}"
+
+    return effect
+
+
+def _grammar(model: Any, request: Request) -> tuple[bool, str]:
+    a, b = tuple(dict.fromkeys(request.prompt))[:2]
+    found = _ask(model, request, grammar=Grammar((((a, 1),), ((b, 0),)))).tokens
+    wanted = tuple((a, b)[i % 2] for i in range(len(found)))
+    return found == wanted, f"{list(found)} under a grammar that alternates {a} and {b}"
+
+
+def _eos(model: Any, request: Request) -> tuple[bool, str]:
+    plain = _ask(model, request).tokens
+    found = _ask(model, request, eos=(plain[2],))
+    return found.finish_reason == "stop" and plain[2] not in found.tokens, f"{list(found.tokens)}"
+
+
+def _stop(model: Any, request: Request) -> tuple[bool, str]:
+    plain = _ask(model, request).tokens
+    found = _ask(model, request, stop=(plain[2:4],))
+    return found.finish_reason == "stop" and len(found.tokens) <= 2, f"{list(found.tokens)}"
+
+
+def _min_tokens(model: Any, request: Request) -> tuple[bool, str]:
+    plain = _ask(model, request).tokens
+    found = _ask(model, request, eos=(plain[0],), min_tokens=3).tokens
+    return len(found) >= 3, f"{list(found)} where 3 tokens were the least"
+
+
+def _logprobs(model: Any, request: Request) -> tuple[bool, str]:
+    found = _ask(model, request, logprobs=True)
+    return found.logprobs is not None and len(found.logprobs) == len(found.tokens), f"{found.logprobs}"
+
+
+def _seed(model: Any, request: Request) -> tuple[bool, str]:
+    one, other = (_ask(model, request, temperature=5.0, seed=11).tokens for _ in range(2))
+    return one == other, f"{list(one)} and then {list(other)} with one seed"
+
+
+EFFECTS: dict[str, tuple[tuple[str, ...], Effect]] = {
+    "temperature": ((), _temperature),
+    "top_k": ((), as_greedy(top_k=1)),
+    "top_p": ((), as_greedy(top_p=1e-6)),
+    "min_p": ((), as_greedy(min_p=1.0)),
+    "logit_bias": ((), _bias),
+    "repetition_penalty": (("logit_bias",), _penalty(repetition_penalty=3.0)),
+    "frequency_penalty": (("logit_bias",), _penalty(frequency_penalty=2.0)),
+    "grammar": ((), _grammar),
+    "eos": ((), _eos),
+    "stop": ((), _stop),
+    "min_tokens": (("eos",), _min_tokens),
+    "logprobs": ((), _logprobs),
+    "seed": ((), _seed),
+}
+"""By setting: others that its test needs, and the test."""
+
+
+@conformance(
+    "decoding.no-setting-is-ignored",
+    clause="engine.Sampling",
+    needs=("generate",),
+    kills=(),
+)
+def test_effects(case: Case) -> None:
+    """Every setting that the engine says it honours has its effect."""
+    model = precise(case)
+    ask_for(model, "temperature")
+    request = Request(prompts(case, (5,))[0], 6, GREEDY)
+    checked = [name for name, (others, _) in EFFECTS.items() if honours(model, name, *others)]
+    case.note("settings", checked)
+    for name in checked:
+        holds, instead = EFFECTS[name][1](model, request)
+        require(holds, f"{name} is accepted and has no effect: {instead}", stage="settings")
