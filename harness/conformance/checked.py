@@ -7,12 +7,14 @@ would crash in the middle of a comparison, and read like a fault of the harness.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
 from harness.conformance.property import Violation
 from harness.implementations.protocols import Routing
+from harness.reference.engine import Completion, Request
+from harness.reference.engine.values import FinishReason
 
 
 class Malformed(Violation):
@@ -67,6 +69,18 @@ class Checked:
             _require(loss.dim() == 0, f"auxiliary_loss gave {_shown(loss)} as {kind}, not a scalar")
         return losses
 
+    def generate(self, requests: Sequence[Request], **options: Any) -> Sequence[Completion]:
+        """One completion per request, of tokens of the vocabulary."""
+        answers = self._call("generate", requests, **options)
+        right = isinstance(answers, Sequence) and len(answers) == len(requests)
+        _require(
+            right, f"generate gave {_shown(answers)}, not one completion for each of {len(requests)} requests"
+        )
+        for i, answer in enumerate(answers):
+            _completion(f"generate gave, for request {i},", answer, self._model.vocab_size)
+        found: Sequence[Completion] = answers
+        return found
+
     def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
         found = getattr(self._model, method, None)
         _require(callable(found), f"the model declares more than it has: there is no method {method}")
@@ -79,6 +93,21 @@ class Checked:
         _require(right, f"{method} gave {_shown(answer)}, not logits of shape {want}")
         logits: Tensor = answer
         return logits
+
+
+def _completion(what: str, answer: Any, vocab_size: int) -> None:
+    """Raise Malformed unless it is a Completion whose fields are of their types."""
+    _require(isinstance(answer, Completion), f"{what} {_shown(answer)}, not a Completion")
+    tokens, logprobs = answer.tokens, answer.logprobs
+    known = isinstance(tokens, tuple) and all(type(t) is int and 0 <= t < vocab_size for t in tokens)
+    _require(known, f"{what} tokens {tokens!r}, not a tuple of ids from 0 to {vocab_size - 1}")
+    named = answer.finish_reason in get_args(FinishReason)
+    _require(named, f"{what} finish_reason {answer.finish_reason!r}, not one of {get_args(FinishReason)}")
+    paired = logprobs is None or (isinstance(logprobs, tuple) and all(isinstance(x, float) for x in logprobs))
+    _require(paired, f"{what} logprobs {_shown(logprobs)}, not a tuple of floats or None")
+    for name in ("drafted", "accepted", "rounds", "cached_tokens", "preemptions"):
+        count = getattr(answer, name)
+        _require(type(count) is int and count >= 0, f"{what} {name} {count!r}, not a number from 0")
 
 
 def _tensors(method: str, answer: Any) -> Mapping[str, Tensor]:

@@ -6,6 +6,7 @@ Letters: V vocabulary, g tokens proposed per round.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -60,7 +61,9 @@ class Trial:
 
     def law_of(self, program: Callable[[], Any]) -> Law:
         """Every run of a program that draws, by enumeration."""
-        with torch.no_grad():
+        # of a model that can, each pass is computed once, and not once for every path on which it lies
+        remembering = getattr(self.model, "remembering", nullcontext)
+        with torch.no_grad(), remembering():
             return law(program)
 
     def judge(
@@ -111,7 +114,7 @@ def generated(
     for i, answer in enumerate(answers):
         require(
             answer.finish_reason in ("stop", "length"),
-            f"request {i} of {len(answers)} ended with {answer.finish_reason!r}: {answer.error or 'unexplained'}",
+            f"request {i} of {len(answers)} ended with {answer.finish_reason!r}: {answer.error or '?'}",
             stage="fault",
         )
     return answers
@@ -171,9 +174,9 @@ def ways(case: Case, model: Any, length: int = 3, *, near: float = 0.1) -> dict[
 
 
 def shuffled(vocab_size: int) -> tuple[int, ...]:
-    """A draft's vocabulary of as many ids: rotated by one, and one of them lacking in the target."""
-    ids = [(token + 1) % vocab_size for token in range(vocab_size)]
-    return (*ids[:-1], -1)
+    """A draft's vocabulary of as many ids: rotated by one, a quarter of them lacking in the target."""
+    known = vocab_size - vocab_size // 4
+    return tuple((token + 1) % vocab_size if token < known else -1 for token in range(vocab_size))
 
 
 def sampled(requests: Iterable[Request], **changed: Any) -> list[Request]:

@@ -7,7 +7,7 @@ what they are held to.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from itertools import product
 
 import torch
@@ -105,7 +105,7 @@ def rounds_law(target: Logits, draft: Logits, request: Request, length: int) -> 
     with probability max(p(z) - q(z), 0) (arXiv 2211.17192, appendix A.1). How many are drafted where fewer
     than `length` can serve makes no difference.
     """
-    sums: dict[tuple[tuple[int, ...], int], float] = {}
+    sums: dict[Hashable, float] = {}
 
     def go_on(generated: tuple[int, ...], left: int, rounds: int, mass: float) -> None:
         if mass == 0:

@@ -20,6 +20,7 @@ from harness.implementations.protocols import Unsupported
 from harness.implementations.registry import describe
 from harness.reference.engine import (
     Arrival,
+    Batching,
     Completion,
     Iteration,
     Limits,
@@ -62,21 +63,27 @@ def exact(model: Any) -> bool:
     return "weights" in model.capabilities
 
 
+def settings(model: Any) -> frozenset[str]:
+    """The fields of Sampling and Request that a session honours."""
+    found: frozenset[str] = getattr(model, "serve_settings", getattr(model, "settings", frozenset()))
+    return found
+
+
 def honours(model: Any, *names: str) -> bool:
     """Whether these fields of Sampling and Request are honoured."""
-    return set(names) <= set(getattr(model, "settings", ()))
+    return settings(model).issuperset(names)
 
 
 def ask_for(model: Any, *names: str) -> None:
     """Raise Unsupported unless these fields of Sampling and Request are honoured."""
-    missing = sorted(set(names) - set(getattr(model, "settings", ())))
+    missing = sorted(set(names) - settings(model))
     if missing:
         raise Unsupported(f"the engine does not honour {', '.join(missing)}")
 
 
 def offered(model: Any, request: Request) -> Request:
     """The request with every field that the engine does not honour at its default."""
-    known = set(getattr(model, "settings", ()))
+    known = settings(model)
     drop = {f.name: f.default for f in fields(Sampling) if f.name not in known}
     bare = {f.name: f.default for f in fields(Request) if f.name in REQUEST_SETTINGS and f.name not in known}
     return replace(request, sampling=replace(request.sampling, **drop), **bare)  # type: ignore[arg-type]
@@ -84,6 +91,15 @@ def offered(model: Any, request: Request) -> Request:
 
 REQUEST_SETTINGS = ("eos", "stop", "min_tokens", "logprobs", "salt")
 """Fields of Request that an engine may not honour."""
+
+
+def batchings(model: Any) -> tuple[Batching, ...]:
+    """The ways of batching that the engine has."""
+    try:
+        model.start(Limits(batching="static"), speculation=None).close()
+    except Unsupported:
+        return ("continuous",)
+    return ("continuous", "static")
 
 
 def sized(model: Any, limits: Limits) -> Limits | None:

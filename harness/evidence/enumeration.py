@@ -21,6 +21,11 @@ from harness.evidence.law import MASS_TOLERANCE, Law
 from harness.evidence.lazy import NotEnumerable
 from harness.evidence.tape import Draw, Tape, Undetermined, advance
 
+WATCHED = 32
+"""Runs in which every operator is watched for draws that are not looked up in the module torch; if there is
+one, all runs are. It would be missed only where it is made on none of these paths and with a generator of its
+own (the state of the global one is compared after every run)."""
+
 
 def law(program: Callable[[], Hashable], *, most_paths: int = 200_000, prune: float = 0.0) -> Law:
     """The exact law of what `program()` returns.
@@ -51,7 +56,7 @@ class _Search:
     most_paths: int
     prune: float
     watched: bool
-    """Whether every run is watched, or only those whose number is a power of two."""
+    """Whether every run is watched, or only the first `WATCHED` and one of so many later ones."""
     draws: list[Draw] = field(default_factory=list)
     current: Interception = field(init=False)
 
@@ -68,7 +73,7 @@ class _Search:
                     )
                 paths += 1
                 try:
-                    outcome = self.run(watching=self.watched or paths & (paths - 1) == 0)
+                    outcome = self.run(watching=self.watched or paths <= WATCHED or paths % WATCHED == 0)
                 except Unwatched:
                     return None
                 if self.current.needed and not self.watched:

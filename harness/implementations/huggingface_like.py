@@ -160,6 +160,11 @@ class LikeModel:
         return frozenset() if self.decoding is None else self.decoding.settings
 
     @property
+    def serve_settings(self) -> frozenset[str]:
+        """Those among them that a session honours."""
+        return getattr(self.decoding, "serve_settings", self.settings)
+
+    @property
     def methods(self) -> frozenset[str]:
         """Kinds of speculation that are offered."""
         return frozenset() if self.decoding is None else self.decoding.methods

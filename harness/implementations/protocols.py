@@ -151,7 +151,8 @@ class AuxiliaryLosses(Protocol):
 @runtime_checkable
 class Generates(Protocol):
     """Capability "generate". With "enumerable" every random draw of `generate` is made in this thread by
-    torch.multinomial, torch.rand or torch.rand_like, so that its law can be enumerated."""
+    torch.multinomial, torch.rand or torch.rand_like, so that its law can be enumerated; `remembering()`, if
+    there is such a method, is a context in which a pass over the same bytes may be answered from memory."""
 
     @property
     def settings(self) -> frozenset[str]:
@@ -199,7 +200,10 @@ class Streams(Protocol):
 
 @runtime_checkable
 class Serves(Protocol):
-    """Capability "serve". With "limits" an engine of a given size can be had."""
+    """Capability "serve". With "limits" an engine of a given size can be had.
+
+    A model whose sessions honour fewer settings than its `generate` has them as `serve_settings`.
+    """
 
     def start(self, limits: Limits | None = None, *, speculation: Speculation | None = None) -> Session:
         """A fresh engine; limits None is the engine's own size. Raises Unsupported as `generate` does."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from typing import get_args
 
@@ -26,6 +27,7 @@ from harness.reference.engine import (
     Speculation,
     Streamed,
 )
+from harness.reference.remembered import remembered
 from harness.spec.architecture import Architecture
 
 
@@ -153,6 +155,10 @@ class ReferenceUnderTest:
         like = next(self.model.parameters())
         self.draft = build(architecture, device=like.device, dtype=like.dtype)
         self.draft.load_weights(weights)
+
+    def remembering(self) -> AbstractContextManager[None]:
+        """Within it, each pass of the model and of its draft over the same bytes is computed once."""
+        return remembered(self.model, self.draft)
 
     def engine(self, limits: Limits, speculation: Speculation | None = None) -> Engine:
         """A fresh engine; raises Unsupported where the architecture or the speculation rules it out."""

@@ -135,7 +135,8 @@ def in_a_round(engine: Any, change: Callable[[Any, Any, Tensor, int, int], None]
         return tokens, accepted
 
     def ended(*given: Any) -> Any:
-        change(*now["round"], now["accepted"])
+        sequence, proposal, logits, before = now["round"]
+        change(sequence, proposal, logits, before, now["accepted"])
         return end(*given)
 
     engine.decide, engine.verifier.verify, engine.stopper.end = deciding, verified, ended
@@ -246,28 +247,38 @@ def positions_advance_by_one_a_round(engine: Any, compute: Method) -> Method:
     return noted
 
 
-@engine_patched(stage="state", spec=DENSE)
-def biases_stay_for_the_next_call(engine: Any) -> None:
-    """Biases are written to a buffer of the model, and stay there if a request cannot be served."""
-    model, add = engine.model, engine.add
-    left = model.__dict__.setdefault("left_over_biases", {})
-    written: dict[int, float] = {}
-    logit_bias = engine.sampler.logit_bias
+def left_over(engine: Any, whether: Callable[[Any], bool]) -> None:
+    """Biases are written to a buffer of the model, and stay there if `whether` holds of a sequence."""
+    add, logit_bias = engine.add, engine.sampler.logit_bias
+    buffer: dict[int, float] = engine.model.__dict__.setdefault("left_over_biases", {})
+    found, written = dict(buffer), dict[int, float]()
 
     def biased(z: Tensor, sampling: Any) -> Any:
         z = z.clone()
-        for token, bias in left.items():
+        for token, bias in found.items():
             z[token] += bias
         return logit_bias(z, sampling)
 
     def noted(request: Any, *rest: Any, **more: Any) -> Any:
         sequence = add(request, *rest, **more)
         written.update(dict(request.sampling.logit_bias))
-        if sequence.completion is not None and sequence.completion.finish_reason == "error":
-            left.update(written)
+        if whether(sequence):
+            buffer.update(written)
         return sequence
 
     engine.sampler.logit_bias, engine.add = biased, noted
+
+
+@engine_patched(stage="state", spec=DENSE)
+def biases_stay_for_the_next_call(engine: Any) -> None:
+    """Biases of a call are added to the logits of later calls too."""
+    left_over(engine, lambda _: True)
+
+
+@engine_patched(stage="state", spec=DENSE)
+def biases_stay_after_a_bad_request(engine: Any) -> None:
+    """Biases of a call are added to the logits of later calls, if one of its requests could not be served."""
+    left_over(engine, lambda sequence: sequence.completion is not None)
 
 
 @engine_mutant(samplers, "distribution", stage="isolation", spec=DENSE)

@@ -184,7 +184,7 @@ def repetition_forgets_the_prompt(_: Any, penalty: Method) -> Method:
 def presence_counts(_: Any, __: Method) -> Method:
     """The presence penalty is subtracted once for each time."""
 
-    def counted(z: Tensor, sampling: Any, generated: Any) -> Tensor:
+    def counted(z: Tensor, sampling: Any, generated: Any) -> Any:
         times = torch.bincount(torch.tensor(list(generated), dtype=torch.int64), minlength=len(z))
         return z - sampling.presence_penalty * times
 
@@ -195,7 +195,7 @@ def presence_counts(_: Any, __: Method) -> Method:
 def frequency_counts_once(_: Any, __: Method) -> Method:
     """The frequency penalty is subtracted once, however often a token came."""
 
-    def once(z: Tensor, sampling: Any, generated: Any) -> Tensor:
+    def once(z: Tensor, sampling: Any, generated: Any) -> Any:
         times = torch.bincount(torch.tensor(list(generated), dtype=torch.int64), minlength=len(z))
         return z - sampling.frequency_penalty * times.clamp(max=1)
 

@@ -24,7 +24,7 @@ from harness.theory.speculation import standing_probabilities
     "decoding.rounds-have-the-exact-law",
     clause="engine.Completion.rounds",
     needs=("generate", "enumerable", "speculate", "weights"),
-    kills=(),
+    kills=("drafts-keep-what-was-rejected", "drafts-forget-the-last-accepted-token", "rounds-count-tokens"),
 )
 def test_rounds(case: Case) -> None:
     """Tokens and the number of rounds that they took have the joint law that draft and target determine."""
@@ -44,7 +44,7 @@ def test_rounds(case: Case) -> None:
     "decoding.acceptance-equals-the-closed-form",
     clause="engine.Completion.accepted",
     needs=("generate", "enumerable", "speculate", "weights"),
-    kills=(),
+    kills=("acceptance-ignores-the-draft", "every-draft-stands"),
 )
 def test_closed_form(case: Case) -> None:
     """All g drafts of a round stand with the probability that the closed form gives."""
@@ -85,7 +85,11 @@ def permuted(case: Case, vocabulary: tuple[int, ...]) -> dict[str, Tensor]:
     "decoding.drafts-of-the-target-all-stand",
     clause="engine.Completion.accepted",
     needs=("generate", "speculate", "weights"),
-    kills=(),
+    kills=(
+        "translations-are-shifted",
+        "drafts-forget-the-last-accepted-token",
+        "speculation-is-silently-off",
+    ),
     applies=independent,
 )
 def test_all_stand(case: Case) -> None:
@@ -130,7 +134,7 @@ def running(answer: Completion) -> None:
     "decoding.speculation-saves-passes",
     clause="engine.Speculation",
     needs=("generate", "speculate"),
-    kills=(),
+    kills=("speculation-is-silently-off", "rounds-count-tokens"),
     applies=independent,
 )
 def test_saves_passes(case: Case) -> None:
@@ -170,7 +174,7 @@ def ending(case: Case, model: Any) -> list[Request]:
     "decoding.counters-add-up-to-the-tokens",
     clause="engine.Completion",
     needs=("generate", "speculate"),
-    kills=(),
+    kills=("drafts-after-the-end-count-as-accepted", "rounds-count-tokens"),
     applies=independent,
 )
 def test_counters(case: Case) -> None:
@@ -211,7 +215,7 @@ def consistent(name: str, request: Request, answer: Completion, length: int) -> 
     "decoding.drafts-beyond-their-use-are-harmless",
     clause="engine.Speculation.length",
     needs=("generate", "speculate"),
-    kills=(),
+    kills=("rounds-without-drafts-fail", "drafted-counts-what-was-asked"),
     applies=independent,
 )
 def test_long_windows(case: Case) -> None:
@@ -231,4 +235,10 @@ def test_long_windows(case: Case) -> None:
                 f"{list(one.tokens)} ({one.finish_reason}) in place of {list(other.tokens)} "
                 f"({other.finish_reason})",
                 stage="greedy",
+            )
+        if speculation.method == "prompt_lookup":
+            require(
+                found[0].drafted == 0,
+                f"{found[0].drafted} drafts are counted after a prompt in which no token stands twice",
+                stage="counters",
             )

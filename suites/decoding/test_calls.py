@@ -40,7 +40,7 @@ def counts(answers: Sequence[Completion]) -> list[tuple[int, int, int]]:
     "decoding.a-second-call-equals-the-first",
     clause="engine.generate",
     needs=("generate",),
-    kills=(),
+    kills=("biases-stay-for-the-next-call",),
     applies=independent,
 )
 def test_second_call(case: Case) -> None:
@@ -65,7 +65,7 @@ DISTURBING = (
     "decoding.speculation-leaves-nothing-behind",
     clause="engine.Speculation",
     needs=("generate", "speculate"),
-    kills=(),
+    kills=("drafts-are-pruned-in-place", "lookups-remember-former-requests"),
     applies=independent,
 )
 def test_speculation_again(case: Case) -> None:
@@ -94,7 +94,7 @@ def test_speculation_again(case: Case) -> None:
     "decoding.a-bad-request-changes-no-later-call",
     clause="engine.generate",
     needs=("generate",),
-    kills=(),
+    kills=("biases-stay-after-a-bad-request", "errors-look-like-empty-answers"),
     applies=independent,
 )
 def test_after_a_fault(case: Case) -> None:
@@ -152,7 +152,14 @@ def mixed(case: Case, model: Any) -> list[Request]:
     "decoding.settings-stay-with-their-requests",
     clause="engine.Sampling",
     needs=("generate",),
-    kills=(),
+    kills=(
+        "last-requests-settings-for-all",
+        "laws-are-remembered-without-settings",
+        "one-penalty-is-for-all",
+        "end-tokens-of-one-end-all",
+        "first-requests-temperature-for-all",
+        "filters-are-those-of-the-widest",
+    ),
     applies=independent,
 )
 def test_isolation(case: Case) -> None:
@@ -183,7 +190,7 @@ def test_isolation(case: Case) -> None:
     "decoding.a-seed-fixes-the-output",
     clause="engine.Sampling.seed",
     needs=("generate",),
-    kills=(),
+    kills=("seeds-are-forgotten", "seeds-depend-on-the-order"),
     applies=independent,
 )
 def test_seeds(case: Case) -> None:
@@ -207,7 +214,7 @@ def test_seeds(case: Case) -> None:
     "decoding.what-has-no-common-seed-differs",
     clause="engine.Sampling.seed",
     needs=("generate",),
-    kills=(),
+    kills=("unseeded-requests-start-alike",),
     applies=independent,
 )
 def test_independence(case: Case) -> None:
@@ -232,6 +239,6 @@ def test_independence(case: Case) -> None:
         different = {answer.tokens for answer in answers}
         require(
             len(different) == len(answers),
-            f"{how} only {len(different)} of {len(answers)} completions of {same[0].max_tokens} tokens differ",
+            f"{how} only {len(different)} of {len(answers)} completions of 16 tokens differ",
             stage="seed",
         )

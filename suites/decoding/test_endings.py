@@ -82,7 +82,15 @@ def free(case: Case, model: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     "decoding.nothing-follows-the-end",
     clause="engine.Request.stop",
     needs=("generate",),
-    kills=(),
+    kills=(
+        "what-ends-it-stays",
+        "length-comes-before-stop",
+        "only-the-first-end-token-ends",
+        "stop-sequences-match-by-their-last-token",
+        "stop-sequences-may-begin-in-the-prompt",
+        "one-token-too-many",
+        "stop-sequences-must-lie-in-one-round",
+    ),
     applies=independent,
 )
 def test_ends(case: Case) -> None:
@@ -97,7 +105,11 @@ def test_ends(case: Case) -> None:
     "decoding.ends-do-not-depend-on-speculation",
     clause="engine.Request.stop",
     needs=("generate", "speculate"),
-    kills=(),
+    kills=(
+        "ends-within-a-round-are-overlooked",
+        "stop-sequences-must-lie-in-one-round",
+        "stop-sequences-fail-with-drafts",
+    ),
     applies=independent,
 )
 def test_ends_within_rounds(case: Case) -> None:
@@ -114,7 +126,7 @@ def test_ends_within_rounds(case: Case) -> None:
     "decoding.no-end-before-min-tokens",
     clause="engine.Request.min_tokens",
     needs=("generate",),
-    kills=(),
+    kills=("least-length-is-one-less", "least-length-overlooks-drafts", "least-length-counts-the-prompt"),
     applies=independent,
 )
 def test_min_tokens(case: Case) -> None:

@@ -19,7 +19,12 @@ ENDS = (14, 10, 6, 12, 1, 9, 2, 8)
     "decoding.greedy-speculation-changes-nothing",
     clause="engine.Speculation",
     needs=("generate", "speculate"),
-    kills=(),
+    kills=(
+        "keys-of-a-rejected-draft-stay",
+        "positions-advance-by-one-a-round",
+        "one-rejected-draft-stands",
+        "a-rejection-empties-the-cache",
+    ),
     applies=independent,
 )
 def test_speculation(case: Case) -> None:
@@ -37,7 +42,7 @@ def test_speculation(case: Case) -> None:
     "decoding.ties-go-to-the-smallest-token",
     clause="engine.Sampling.temperature",
     needs=("generate", "weights"),
-    kills=(),
+    kills=("ties-go-to-the-last",),
     applies=independent,
 )
 def test_ties(case: Case) -> None:
@@ -63,7 +68,13 @@ def test_ties(case: Case) -> None:
     "decoding.a-batch-decodes-as-each-alone",
     clause="engine.Request",
     needs=("generate",),
-    kills=(),
+    kills=(
+        "rows-are-taken-to-be-equally-long",
+        "batches-are-summed-in-half-precision",
+        "keys-of-batches-are-rounded",
+        "positions-are-those-of-the-longest",
+        "padding-of-a-batch-is-attended",
+    ),
     applies=independent,
 )
 def test_batch(case: Case) -> None:
@@ -82,7 +93,7 @@ def test_batch(case: Case) -> None:
     "decoding.uneven-acceptance-changes-nothing",
     clause="engine.Speculation",
     needs=("generate", "speculate"),
-    kills=(),
+    kills=("rows-are-rolled-back-alike", "drafts-shrink-in-company"),
     applies=independent,
 )
 def test_uneven_acceptance(case: Case) -> None:
@@ -110,7 +121,7 @@ def test_uneven_acceptance(case: Case) -> None:
     "decoding.long-completions-are-those-of-one-pass",
     clause="engine.Request",
     needs=("generate", "forward", "weights"),
-    kills=(),
+    kills=("keys-of-a-rejected-draft-stay",),
     applies=independent,
 )
 def test_long(case: Case) -> None:

@@ -52,7 +52,20 @@ def judge_all(t: Trial, requests: dict[str, Request], speculation: Speculation |
     "decoding.plain-sampling-has-the-target-law",
     clause="decoding.sampling",
     needs=("generate", "enumerable", "weights"),
-    kills=(),
+    kills=(
+        "temperature-comes-last",
+        "top-p-drops-the-token-that-reaches-it",
+        "top-k-keeps-one-more",
+        "min-p-is-absolute",
+        "repetition-rewards-the-unlikely",
+        "repetition-forgets-the-prompt",
+        "presence-counts",
+        "frequency-counts-once",
+        "biases-are-multiplied",
+        "least-length-counts-the-prompt",
+        "least-length-is-one-less",
+        "temperature-is-ignored",
+    ),
 )
 def test_plain_sampling(case: Case) -> None:
     """Without speculation, completions have the law that logits and settings prescribe."""
@@ -64,7 +77,7 @@ def test_plain_sampling(case: Case) -> None:
     "decoding.grammar-is-followed",
     clause="decoding.sampling.grammar",
     needs=("generate", "enumerable", "weights"),
-    kills=(),
+    kills=("grammar-stands-still-over-drafts",),
 )
 def test_grammar(case: Case) -> None:
     """Under a grammar, completions have the law of the allowed tokens, with speculation and without."""
@@ -79,7 +92,16 @@ def test_grammar(case: Case) -> None:
     "decoding.speculation-keeps-the-joint-law",
     clause="decoding.speculation",
     needs=("generate", "enumerable", "speculate", "weights"),
-    kills=(),
+    kills=(
+        "drafts-share-one-uniform",
+        "blocks-are-accepted-jointly",
+        "bonus-comes-from-the-draft",
+        "bonus-is-greedy",
+        "bonus-comes-a-row-too-early",
+        "target-is-read-a-row-late",
+        "one-rejected-draft-stands",
+        "drafts-report-the-law-of-the-place-before",
+    ),
 )
 def test_joint_law(case: Case) -> None:
     """With two drafts per round, four tokens have the joint law of the target."""
@@ -92,7 +114,26 @@ def test_joint_law(case: Case) -> None:
     "decoding.speculation-keeps-the-law",
     clause="decoding.speculation",
     needs=("generate", "enumerable", "speculate", "weights"),
-    kills=(),
+    kills=(
+        "residual-is-a-softmax",
+        "residual-is-the-target",
+        "residual-has-no-sign",
+        "residual-is-reversed",
+        "residual-is-greedy",
+        "residual-is-uniform",
+        "residual-only-excludes-the-draft",
+        "acceptance-is-reversed",
+        "acceptance-ignores-the-draft",
+        "every-draft-stands",
+        "acceptance-is-typical",
+        "acceptance-is-relaxed",
+        "acceptance-has-a-bonus",
+        "acceptance-is-greedy",
+        "best-of-two-matches",
+        "drafts-are-greedy",
+        "speculation-never-samples",
+        "bonus-is-greedy",
+    ),
 )
 def test_speculation(case: Case) -> None:
     """With one draft per round and four tokens to choose from, completions have the law of the target."""
@@ -105,7 +146,7 @@ def test_speculation(case: Case) -> None:
     "decoding.speculation-keeps-truncated-laws",
     clause="decoding.speculation",
     needs=("generate", "enumerable", "speculate", "weights"),
-    kills=(),
+    kills=("drafts-report-raw-laws", "drafts-have-no-temperature"),
 )
 def test_truncated(case: Case) -> None:
     """Temperature, top_k, top_p and min_p mean the same with a draft model as without."""
@@ -118,7 +159,7 @@ def test_truncated(case: Case) -> None:
     "decoding.speculation-keeps-penalised-laws",
     clause="decoding.speculation",
     needs=("generate", "enumerable", "speculate", "weights"),
-    kills=(),
+    kills=("repetition-overlooks-drafts", "presence-overlooks-drafts"),
 )
 def test_penalised(case: Case) -> None:
     """Penalties and biases mean the same with a draft model as without: they see the drafts too."""
@@ -131,7 +172,7 @@ def test_penalised(case: Case) -> None:
     "decoding.speculation-keeps-the-law-of-the-end",
     clause="decoding.speculation",
     needs=("generate", "enumerable", "speculate", "weights"),
-    kills=(),
+    kills=("least-length-overlooks-drafts", "ends-within-a-round-are-overlooked"),
 )
 def test_ends(case: Case) -> None:
     """Completions end by the same law with a draft model as without, wherever in a round the end lies."""
@@ -145,7 +186,7 @@ def test_ends(case: Case) -> None:
     "decoding.early-exit-keeps-the-law",
     clause="decoding.speculation.method",
     needs=("generate", "enumerable", "speculate", "weights"),
-    kills=(),
+    kills=("drafts-are-greedy", "residual-is-the-target"),
 )
 def test_early_exit(case: Case) -> None:
     """With the first layers of the target as draft, completions have the law of the target."""
@@ -158,7 +199,7 @@ def test_early_exit(case: Case) -> None:
     "decoding.self-draft-keeps-the-law",
     clause="decoding.speculation.method",
     needs=("generate", "enumerable", "speculate", "weights"),
-    kills=(),
+    kills=("drafts-are-greedy", "drafts-report-the-law-of-the-place-before"),
 )
 def test_self_draft(case: Case) -> None:
     """With the target as its own draft, completions have its law."""
@@ -171,7 +212,7 @@ def test_self_draft(case: Case) -> None:
     "decoding.prompt-lookup-keeps-the-law",
     clause="decoding.speculation.method",
     needs=("generate", "enumerable", "speculate", "weights"),
-    kills=(),
+    kills=("residual-is-the-target", "every-draft-stands", "acceptance-is-relaxed"),
 )
 def test_prompt_lookup(case: Case) -> None:
     """With what followed earlier in the text as draft, completions have the law of the target."""
@@ -184,7 +225,7 @@ def test_prompt_lookup(case: Case) -> None:
     "decoding.universal-keeps-the-law",
     clause="decoding.speculation.method",
     needs=("generate", "enumerable", "speculate", "weights"),
-    kills=(),
+    kills=("drafts-are-translated-after-their-law",),
 )
 def test_universal(case: Case) -> None:
     """With a draft whose token ids differ, and that lacks one, completions have the law of the target."""
@@ -197,7 +238,7 @@ def test_universal(case: Case) -> None:
     "decoding.staged-keeps-the-law",
     clause="decoding.speculation.method",
     needs=("generate", "enumerable", "speculate", "weights"),
-    kills=(),
+    kills=("every-draft-stands", "residual-is-greedy"),
 )
 def test_staged(case: Case) -> None:
     """With a draft that is itself speculated, completions have the law of the target."""

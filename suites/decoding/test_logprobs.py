@@ -60,7 +60,7 @@ def forced(
     "decoding.log-probabilities-are-those-of-one-pass",
     clause="engine.Completion.logprobs",
     needs=("generate", "forward"),
-    kills=(),
+    kills=("log-probabilities-follow-the-temperature",),
     applies=independent,
 )
 def test_one_pass(case: Case) -> None:
@@ -81,7 +81,11 @@ LENGTHS, ENDS = (3, 8, 9, 60), (9, 5, 12, 7)
     "decoding.log-probabilities-of-drafts-are-the-targets",
     clause="engine.Completion.logprobs",
     needs=("generate", "forward", "speculate"),
-    kills=(),
+    kills=(
+        "drafts-have-log-probability-0",
+        "log-probabilities-are-shifted",
+        "log-probabilities-come-from-the-draft",
+    ),
     applies=independent,
 )
 def test_drafted(case: Case) -> None:
@@ -100,7 +104,7 @@ def test_drafted(case: Case) -> None:
     "decoding.log-probabilities-do-not-depend-on-speculation",
     clause="engine.Completion.logprobs",
     needs=("generate", "speculate"),
-    kills=(),
+    kills=("drafts-have-log-probability-0", "log-probabilities-are-shifted"),
     applies=independent,
 )
 def test_on_and_off(case: Case) -> None:

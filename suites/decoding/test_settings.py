@@ -49,7 +49,15 @@ def first_token(t: Trial, limits: dict[str, Sampling], what: str) -> None:
     "decoding.settings-hold-at-their-limits",
     clause="engine.Sampling",
     needs=("generate", "enumerable", "weights"),
-    kills=(),
+    kills=(
+        "temperature-divides-in-half-precision",
+        "top-k-minus-1-counts-from-the-end",
+        "top-k-must-not-exceed-the-vocabulary",
+        "top-p-is-ignored-near-0",
+        "top-p-sums-before-top-k",
+        "min-p-1-leaves-nothing",
+        "temperature-comes-last",
+    ),
 )
 def test_limits(case: Case) -> None:
     """At the limits of every setting the first token has the law that the setting prescribes."""
@@ -66,7 +74,7 @@ def test_limits(case: Case) -> None:
     "decoding.equal-logits-are-truncated-by-rule",
     clause="engine.Sampling.top_k",
     needs=("generate", "enumerable", "weights"),
-    kills=(),
+    kills=("top-k-drops-what-is-equal", "top-p-goes-past-the-token-that-reaches-it"),
 )
 def test_equal(case: Case) -> None:
     """Where all logits are equal, top_k keeps all that equal the k-th, and top_p as many as reach it."""
@@ -194,7 +202,7 @@ EFFECTS: dict[str, tuple[tuple[str, ...], Effect]] = {
     "decoding.no-setting-is-ignored",
     clause="engine.Sampling",
     needs=("generate",),
-    kills=(),
+    kills=("temperature-is-ignored", "min-p-is-ignored", "biases-are-ignored", "stop-sequences-are-ignored"),
 )
 def test_effects(case: Case) -> None:
     """Every setting that the engine says it honours has its effect."""

@@ -3,7 +3,7 @@
     with Endpoint(faults={7: "stall"}) as endpoint:
         resolve(endpoint.address("timeout=5"))
 
-A request of seed 7 meets the fault; all others are served, together, by one engine.
+A request of seed 7 meets the fault (None: one without a seed); all others are served, together, by one engine.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Endpoint:
     def __init__(
         self,
         *,
-        faults: Mapping[int, str] | None = None,
+        faults: Mapping[int | None, str] | None = None,
         extensions: frozenset[str] = EXTENSIONS,
         id_prompts: bool = True,
         ignored: frozenset[str] = frozenset(),
@@ -251,7 +251,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _stream(self, request: Request, body: dict[str, Any], fault: str) -> None:
         pieces = self.endpoint.pieces(request)
         try:
-            first = next(pieces)
+            first = next(pieces, None)
+            if first is None:  # the endpoint closes
+                return
             if first[1] is not None and first[1].finish_reason == "error":
                 self._json(400, {"error": {"message": first[1].error}})
                 return
@@ -268,18 +270,12 @@ class _Handler(BaseHTTPRequestHandler):
             pieces.close()
 
     def _events(self, first: list[Any], rest: Iterator[Any], body: dict[str, Any], fault: str) -> None:
-        sent = 0
         for some in (first, rest):
             for tokens, completion in some:
+                # all of them come with the last event
                 logprobs = completion.logprobs if completion else None
                 reason = completion.finish_reason if completion else None
-                given = logprobs[sent:] if logprobs is not None else ()
-                sent += 0 if completion else len(tokens)
-                event = _answer(tokens, reason, body, given)
-                if reason is None:
-                    event["choices"][0]["logprobs"] = None
-                elif logprobs is not None and body.get("logprobs"):
-                    event["choices"][0]["logprobs"] = {"token_logprobs": list(logprobs)}
+                event = _answer(tokens, reason, body, logprobs)
                 if fault and self._spoil(event, fault):
                     return
                 self._chunk(f"data: {json.dumps(event)}\n\n".encode())

@@ -168,7 +168,8 @@ def exact_case(setting: str, method: Method | None, *, eos: tuple[int, ...] = ()
     model = pair(small("mixtral-8x7b", 4, 1), 3)
     request = Request((1, 2, 1), 3, SETTINGS[setting], eos=eos, min_tokens=1 if eos else 0)
     how = None if method is None else speculated(method, 1, 4)
-    drawn = law(lambda: ended(model.generate([request], speculation=how))[0])
+    with model.remembering():
+        drawn = law(lambda: ended(model.generate([request], speculation=how))[0])
     return drawn.tv(target_law(model, request))
 
 

@@ -272,7 +272,7 @@ def test_without_a_table_text_is_compared_as_bytes(tmp_path: Path) -> None:
         got = served.generate([Request(text, 4, GREEDY)])[0]
         assert got.finish_reason == "length"
         assert bytes(got.tokens).decode()
-        with pytest.raises(AdapterError, match="gives no token ids: add tokens=PATH"):
+        with pytest.raises(AdapterError, match="gives no token ids; add tokens=PATH"):
             resolve(f"openai:{endpoint.url}")
 
 

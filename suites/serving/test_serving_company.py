@@ -16,6 +16,7 @@ from harness.conformance.serving import (
     Agreement,
     alone,
     arrivals,
+    batchings,
     engine,
     exact,
     greedy,
@@ -26,6 +27,7 @@ from harness.conformance.serving import (
     seeded,
     serve,
 )
+from harness.implementations.protocols import Unsupported
 from harness.reference.engine import Limits, Request
 
 ONE = Limits(sequences=1)
@@ -165,7 +167,10 @@ def test_batching_changes_nothing(case: Case) -> None:
     requests = greedy(case, model, (3, 9, 17, 5, 12, 4, 7), (9, 2, 8, 11, 5, 1, 6))
     requests += seeded(case, model, requests[:2])
     wanted, agreement = alone(model, requests, ONE), Agreement(exact(model))
-    for batching in ("static", "continuous"):
+    kinds = batchings(model)
+    if len(kinds) == 1:
+        raise Unsupported(f"the engine has {kinds[0]} batching alone")
+    for batching in kinds:
         limits = Limits(sequences=3, batching=batching)
         found = serve(model, arrivals(model, requests, every=1.0), limits).completions
         same_all(agreement, found, wanted, requests, what=f"under {batching} batching", stage="isolation")

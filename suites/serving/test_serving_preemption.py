@@ -15,6 +15,7 @@ from harness.conformance.serving import (
     exact,
     greedy,
     independent,
+    narrow,
     offered,
     prompts,
     same_all,
@@ -151,7 +152,7 @@ def test_preemption_keeps_the_settings(case: Case) -> None:
 def test_preemption_and_speculation_change_nothing(case: Case) -> None:
     """Greedy requests that are speculated and preempted give what they give without either."""
     model = engine(case)
-    requests = greedy(case, model, (7, 5, 9, 6, 4), (9, 8, 6, 10, 7))
+    requests = narrow(case, model, greedy(case, model, (7, 5, 9, 6, 4), (9, 8, 6, 10, 7)))
     wanted, agreement = alone(model, requests, ROOMY), Agreement(exact(model))
     for speculation in speculations(case, model):
         preempted = drafted = 0

@@ -20,6 +20,7 @@ from harness.conformance.serving import (
     exact,
     greedy,
     independent,
+    narrow,
     offered,
     prompts,
     run,
@@ -321,7 +322,7 @@ def test_a_dialogue_goes_on_from_its_cache(case: Case) -> None:
 def test_drafts_are_never_shared(case: Case) -> None:
     """What was cached of rejected drafts never reaches a prompt that goes on from an answer."""
     model = engine(case)
-    openings, more = greedy(case, model, (6, 9, 12), (9, 10, 9)), prompts(case, (3,))
+    openings, more = narrow(case, model, greedy(case, model, (6, 9, 12), (9, 12, 9))), prompts(case, (3,))
     first = alone(model, openings, APART)
     turns = [r.prompt + answer.tokens for r, answer in zip(openings, first, strict=True)]
     rows = [turn[:end] + more[0] for turn in turns for end in range(len(turn) - 6, len(turn) + 1, 2)] + turns

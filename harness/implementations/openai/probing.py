@@ -34,6 +34,7 @@ TRIED: dict[str, Any] = {
 REFUSALS = (400, 405, 413, 415, 422, 501)
 """Statuses that speak of what was asked: not of a key, a path, or a server that broke down over it."""
 SERVER_FAULT = 500
+WITHOUT_IDS = "add tokens=PATH, a JSON list of strings by token id, or tokens=text"
 HELPERS = ("return_token_ids", "stop_token_ids", "ignore_eos")
 UNKNOWN_TO_LLAMA_CPP = frozenset(("min_tokens", "salt", "return_token_ids", "stop_token_ids"))
 """Its server ignores fields that it does not know, so that asking finds nothing."""
@@ -61,27 +62,24 @@ def probe(
     id_prompts = prompts != "text" and (vocabulary is None or vocabulary.exact)
     if id_prompts:
         asking.base["prompt"] = [0, 1]
-        why = asking.refusal({})
+        why = asking.trouble()
         if why and (prompts == "tokens" or vocabulary is None):
-            raise Unusable(f"a prompt of token ids is refused: {why}")
+            raise Unusable(f"a prompt of token ids is refused: {why}; {WITHOUT_IDS}")
         id_prompts = not why
     if not id_prompts:
         assert vocabulary is not None
         asking.base["prompt"] = vocabulary.text((65, 66) if isinstance(vocabulary, Bytes) else (0, 1))
-        why = asking.refusal({})
-        if why:
+        if why := asking.trouble():
             raise Unusable(f"the plainest completion is refused: {why}")
 
     helpers = frozenset(asking.taken(name for name in HELPERS if name not in absent)[0])
     if vocabulary is None:
-        size = size or _size(listed)
-        if not size or "return_token_ids" not in helpers:
-            raise Unusable(
-                "it gives no token ids: add tokens=PATH, a JSON list of strings by token id, or tokens=text"
-            )
-        vocabulary = Ids(size)
-    known = dict(TRIED, stop=[asking.base["prompt"]] if not id_prompts else ["a"])
-    asking.tried = known
+        if "return_token_ids" not in helpers or not asking.gives_ids():
+            raise Unusable(f"it gives no token ids; {WITHOUT_IDS}")
+        vocabulary = Ids(size or _size(listed))
+        if not vocabulary.size:
+            raise Unusable("it does not say how large its vocabulary is: add vocab=N")
+    asking.tried = TRIED | {"stop": ["a" if id_prompts else asking.base["prompt"]]}
     taken, refused = asking.taken(name for name in (*STANDARD, *EXTENSIONS) if name not in absent)
     refused |= {name: f"llama.cpp's server has no field for {name}" for name in absent}
     settings, reasons = _settings(set(taken), refused, vocabulary, helpers)
@@ -117,6 +115,23 @@ class _Asking:
     def __init__(self, transport: Transport, base: dict[str, Any], names: Mapping[str, str]) -> None:
         self.transport, self.base, self.names = transport, base, names
         self.tried = TRIED
+
+    def trouble(self) -> str:
+        """Why the server does not answer the base alone; "" where it does. Raises Failure: nothing proper."""
+        try:
+            self.transport.post("/completions", self.base)
+        except Failure as failure:
+            if failure.status not in REFUSALS and failure.status != SERVER_FAULT:
+                raise
+            return str(failure)
+        return ""
+
+    def gives_ids(self) -> bool:
+        """Whether the token ids of an answer come with it."""
+        answer = self.transport.post("/completions", self.base | {"return_token_ids": True})
+        choices = answer.get("choices") if isinstance(answer, dict) else None
+        first = choices[0] if isinstance(choices, list) and choices else None
+        return isinstance(first, dict) and isinstance(first.get("token_ids"), list)
 
     def refusal(self, asked: Mapping[str, Any]) -> str:
         """Why the server does not take these fields; "" where it does, or breaks down over them."""

@@ -91,6 +91,11 @@ class Generation:
         return SETTINGS
 
     @property
+    def serve_settings(self) -> frozenset[str]:
+        """Those that continuous batching honours."""
+        return continuous.SETTINGS
+
+    @property
     def methods(self) -> frozenset[str]:
         """Kinds of speculation that are offered."""
         return METHODS

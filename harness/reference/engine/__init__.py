@@ -6,6 +6,7 @@ from harness.reference.engine.engine import Engine
 from harness.reference.engine.live import Live
 from harness.reference.engine.values import (
     Arrival,
+    Batching,
     Completion,
     Grammar,
     Iteration,
@@ -20,6 +21,7 @@ from harness.reference.engine.values import (
 
 __all__ = [
     "Arrival",
+    "Batching",
     "Completion",
     "Engine",
     "Grammar",
