@@ -150,7 +150,7 @@ def methods(case: Case, model: Any, *wanted: str) -> list[str]:
     return found
 
 
-def ways(case: Case, model: Any, length: int = 3, *, near: float = 0.1) -> dict[str, Speculation]:
+def ways(case: Case, model: Any, length: int = 3, *, near: float = 0.03) -> dict[str, Speculation]:
     """Every method of speculation that the engine offers at the twin's own size, by name; a draft is loaded
     that is often right, the more the less noise `near` is. Raises Unsupported where there is none."""
     found = {}
@@ -168,6 +168,8 @@ def ways(case: Case, model: Any, length: int = 3, *, near: float = 0.1) -> dict[
             found[name] = Speculation(name, length)  # type: ignore[arg-type]
         if "universal" in drafted:
             found["universal"] = Speculation("universal", length, vocabulary=shuffled(case.vocab_size))
+    elif "draft_model" in model.methods and "weights" not in model.capabilities:
+        found["draft_model"] = Speculation("draft_model", length)  # a server has its own
     if not found:
         raise Unsupported("the engine offers no speculation that needs no draft, and no draft can be loaded")
     return found
@@ -175,8 +177,8 @@ def ways(case: Case, model: Any, length: int = 3, *, near: float = 0.1) -> dict[
 
 def shuffled(vocab_size: int) -> tuple[int, ...]:
     """A draft's vocabulary of as many ids: rotated by one, a quarter of them lacking in the target."""
-    known = vocab_size - vocab_size // 4
-    return tuple((token + 1) % vocab_size if token < known else -1 for token in range(vocab_size))
+    lacking = vocab_size // 4
+    return tuple(-1 if token < lacking else (token + 1) % vocab_size for token in range(vocab_size))
 
 
 def sampled(requests: Iterable[Request], **changed: Any) -> list[Request]:

@@ -102,6 +102,11 @@ def batchings(model: Any) -> tuple[Batching, ...]:
     return ("continuous", "static")
 
 
+def seeded_too(case: Case, model: Any, requests: Sequence[Request]) -> list[Request]:
+    """As `seeded`, for what is also asked without chance: none where seeds are not honoured."""
+    return seeded(case, model, requests) if honours(model, "seed", "temperature") else []
+
+
 def sized(model: Any, limits: Limits) -> Limits | None:
     """Limits for an engine that takes them; None for one that has its own."""
     return limits if "limits" in model.capabilities else None
@@ -331,6 +336,8 @@ def speculations(case: Case, model: Any, length: int = 3) -> list[Speculation]:
     if "draft_model" in methods and case.architecture is not None:
         model.load_draft(case.shape, near_draft(case, case.weights()))
         found.append(Speculation("draft_model", length))
+    elif "draft_model" in methods and "weights" not in model.capabilities:
+        found.append(Speculation("draft_model", length))  # a server has its own
     if "prompt_lookup" in methods:
         found.append(Speculation("prompt_lookup", length, ngram=2))
     if not found:

@@ -106,12 +106,17 @@ def drafts_keep_what_was_rejected(_: Any, rollback: Method) -> Method:
 def drafts_are_pruned_in_place(translator: Any, translate: Method) -> Method:
     """What the target lacks of a draft's vocabulary is cut out of the draft itself, for good."""
     model = translator.reader.model
-    lacking = [own for own, theirs in enumerate(translator.vocabulary) if theirs < 0]
+    kept = [own for own, theirs in enumerate(translator.vocabulary) if theirs >= 0]
 
     def pruned(logits: Tensor) -> Any:
         matrix = model.embedding if model.unembedding is None else model.unembedding
-        with torch.no_grad():
-            matrix.weight[lacking] = 0
+        if model.__dict__.setdefault("pruned", False):
+            spread = torch.full_like(logits, -torch.inf)
+            logits = spread.index_copy(1, torch.tensor(kept), logits[:, : len(kept)])
+        else:
+            with torch.no_grad():
+                matrix.weight[: len(kept)] = matrix.weight[kept]
+            model.__dict__["pruned"] = True
         return translate(logits)
 
     return pruned

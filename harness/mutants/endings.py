@@ -218,13 +218,16 @@ def keys_of_a_rejected_draft_stay(scheduler: Any, rollback: Method) -> Method:
 
     def noted(sequence: Any) -> None:
         if sequence.computed > sequence.length - 1:
-            stale.update(pool.slots(sequence.pages, sequence.length - 1, sequence.length))
+            stale.update(
+                torch.as_tensor(pool.slots(sequence.pages, sequence.length - 1, sequence.length)).tolist()
+            )
         rollback(sequence)
 
     def unless_stale(slots: Any, cache: Any, row: Any, column: Any) -> None:
-        fresh = torch.tensor([slot not in stale for slot in slots])
-        stale.difference_update(slots)
-        write([s for s, f in zip(slots, fresh.tolist(), strict=True) if f], cache, row[fresh], column[fresh])
+        at = torch.as_tensor(slots)
+        fresh = torch.tensor([slot not in stale for slot in at.tolist()])
+        stale.difference_update(at.tolist())
+        write(at[fresh], cache, row[fresh], column[fresh])
 
     pool.write = unless_stale
     return noted

@@ -149,6 +149,8 @@ def test_saves_passes(case: Case) -> None:
     for name, speculation in every.items():
         answer = generated(model, [request], speculation)[0]
         running(answer)
+        if not answer.rounds:
+            raise Void("the engine does not count rounds, and its draft need not see the bias")
         require(
             answer.accepted > 0 and answer.rounds < len(answer.tokens),
             f"{name}: {len(answer.tokens)} tokens took {answer.rounds} passes, with {answer.accepted} of "

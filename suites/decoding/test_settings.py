@@ -28,7 +28,7 @@ LIMITS = {
     "top_p 1": Sampling(top_p=1.0),
     "top_p 1e-9": Sampling(top_p=1e-9),
     "top_p 0": Sampling(top_p=0.0),
-    "top_p 0.75 of 2": Sampling(top_k=2, top_p=0.75),
+    "top_p 0.5 of the best 2": Sampling(temperature=4.0, top_k=2, top_p=0.5),
     "min_p 1": Sampling(min_p=1.0),
     "min_p 0.2": Sampling(min_p=0.2, temperature=2.0),
     "all but one forbidden": Sampling(logit_bias=tuple((token, -math.inf) for token in range(3))),
@@ -123,8 +123,12 @@ def as_greedy(**setting: Any) -> Effect:
 
 
 def _temperature(model: Any, request: Request) -> tuple[bool, str]:
-    found = {_ask(model, request, temperature=5.0, max_tokens=16).tokens for _ in range(3)}
-    return len(found) == 3, "the same tokens in several calls at temperature 5"
+    longer = replace(request, max_tokens=16)
+    hot = {_ask(model, longer, temperature=5.0).tokens for _ in range(3)}
+    if len(hot) < 3:
+        return False, "the same tokens in several calls at temperature 5"
+    greedy, cold = (_ask(model, longer, temperature=heat).tokens for heat in (0.0, 1e-3))
+    return cold == greedy, f"{list(cold)} at temperature 0.001, which is not greedy"
 
 
 def _bias(model: Any, request: Request) -> tuple[bool, str]:

@@ -1,9 +1,9 @@
 """A small OpenAI-compatible server over the reference engine, in this process, that fails as it is told.
 
     with Endpoint(faults={7: "stall"}) as endpoint:
-        resolve(endpoint.address("timeout=5"))
+        resolve(endpoint.address("timeout=5", tokens=tmp_path / "tokens.json"))
 
-A request of seed 7 meets the fault (None: one without a seed); all others are served, together, by one engine.
+A request of seed 7 meets the fault (None: one without a seed); all others are served by one engine, together.
 """
 
 from __future__ import annotations

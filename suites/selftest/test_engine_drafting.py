@@ -69,8 +69,7 @@ def test_prompt_lookup_finds_what_followed(name: str) -> None:
 
 
 def test_a_foreign_draft_speaks_in_the_targets_tokens() -> None:
-    """Probabilities of tokens that become one add up, those without a counterpart are left out, and what
-    the draft does not know is not shown to it."""
+    """Tokens that become one add up, those without a counterpart are left out, unknown words not shown."""
     shown: list[Sequence[int]] = []
 
     class Spy(Table):
@@ -131,8 +130,7 @@ class Whole:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_greedy_is_greedy_with_real_models(method: str) -> None:
-    """With the reference model as target and draft, greedy tokens are those of plain greedy decoding, and
-    nothing is remembered afterwards."""
+    """Tokens are those of plain greedy decoding, and nothing is remembered afterwards."""
     model, sampler, proposed = tiny(3, vocab_size=5), Sampler(), 0
     draft = tiny(4, vocab_size=6 if method == "universal" else 5, n_layers=1)
     proposer: Any = make(METHODS[method], model, draft, sampler)

@@ -29,7 +29,7 @@ def test_capabilities_are_declared(model) -> None:
 
 
 def test_a_batch_is_cut_at_each_request(model) -> None:
-    """In a left-padded batch each request gets as many tokens as it asked for, and those that it gets alone."""
+    """In a left-padded batch each request gets the tokens that it gets alone, and as many as it asked for."""
     together = model.generate(REQUESTS)
     assert [len(c.tokens) for c in together] == [8, 6]
     assert [c.tokens for c in together] == [model.generate([r])[0].tokens for r in REQUESTS]

@@ -25,6 +25,7 @@ from harness.conformance.serving import (
     prompts,
     same_all,
     seeded,
+    seeded_too,
     serve,
 )
 from harness.implementations.protocols import Unsupported
@@ -109,7 +110,7 @@ def test_sizes_change_nothing(case: Case) -> None:
     """Slots, page size and tokens per iteration change no answer, greedy or seeded."""
     model = engine(case)
     requests = greedy(case, model)
-    requests += seeded(case, model, requests[:3])
+    requests += seeded_too(case, model, requests[:3])
     wanted, agreement = alone(model, requests, ONE), Agreement(exact(model))
     sizes = (
         Limits(1),
@@ -139,7 +140,7 @@ def test_chunks_change_nothing(case: Case) -> None:
     model = engine(case)
     size = 4
     requests = greedy(case, model, (2, 3, 17, 16, 9), (12, 9, 3, 4, 5))
-    requests += seeded(case, model, requests[2:4])
+    requests += seeded_too(case, model, requests[2:4])
     wanted, agreement = alone(model, requests, ONE), Agreement(exact(model))
     for chunk in (1, 2, size - 1, size, size + 1, 2 * size + 1):
         # Decoding comes first: a budget of as many tokens as there are slots would leave none to prompts.
@@ -165,7 +166,7 @@ def test_batching_changes_nothing(case: Case) -> None:
     """Static and continuous batching give the same answers."""
     model = engine(case)
     requests = greedy(case, model, (3, 9, 17, 5, 12, 4, 7), (9, 2, 8, 11, 5, 1, 6))
-    requests += seeded(case, model, requests[:2])
+    requests += seeded_too(case, model, requests[:2])
     wanted, agreement = alone(model, requests, ONE), Agreement(exact(model))
     kinds = batchings(model)
     if len(kinds) == 1:

@@ -91,7 +91,8 @@ def tensors(model: TinyModel) -> Iterator[tuple[str, Tensor]]:
 
 def neighbouring(rows: Tensor, head_dim: int) -> Tensor:
     """[H h, D], dimensions j and j + h/2 paired -> the same with the pair side by side."""
-    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+    pairs: Tensor = rows.unflatten(0, (-1, 2, head_dim // 2))
+    return pairs.transpose(1, 2).flatten(0, 2)
 
 
 def _architecture(model: TinyModel) -> str:

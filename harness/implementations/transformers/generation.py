@@ -3,8 +3,8 @@
 Letters: V vocabulary, S tokens, B requests. Nothing here repairs the engine: an answer is what it returned,
 cut at the token or the sequence that ended it, and an exception is passed on.
 
-Where transformers means something else than `Sampling` says: it casts logits to float32; where several tokens
-are equally probable at the border of top_p it keeps larger token ids; one call has one GenerationConfig and
+Where transformers means something else than `Sampling` says: it casts logits to float32; which of
+equally probable tokens top_p keeps is left to an unstable sort; one call has one GenerationConfig and
 one random stream, so that requests with different settings are generated one group after the other.
 """
 
@@ -26,8 +26,10 @@ from harness.reference.engine import Completion, Limits, Request, Sampling, Spec
 from harness.spec.architecture import Architecture
 
 SETTINGS = frozenset(
-    ("logit_bias", "repetition_penalty", "temperature", "top_k", "top_p", "min_p")
-    + ("eos", "stop", "min_tokens", "logprobs")
+    (
+        *("logit_bias", "repetition_penalty", "temperature", "top_k", "top_p", "min_p"),
+        *("eos", "stop", "min_tokens", "logprobs"),
+    )
 )
 METHODS = frozenset(("draft_model", "self_draft", "early_exit", "prompt_lookup", "universal", "staged"))
 
@@ -41,6 +43,8 @@ class Tally:
     rounds: int = 0
     pending: list[int] = field(default_factory=list)
     """The sequence that was last proposed."""
+    before: int = 0
+    """How much of it was there before."""
 
     def watch(self, candidates: Any) -> Any:
         """The same candidate generator, counted."""
@@ -66,8 +70,6 @@ class Tally:
         candidates.get_candidates = get_candidates
         candidates.update_candidate_strategy = update_candidate_strategy
         return candidates
-
-    before: int = 0
 
 
 @dataclass
@@ -116,7 +118,7 @@ class Generation:
         if speculation is not None:
             how = self._assistance(speculation)
             for index, request in enumerate(requests):
-                done[index] = self._assisted(request, how, speculation)
+                done[index] = self._assisted(request, how)
         else:
             order = sorted(range(len(requests)), key=lambda i: repr(_settings(requests[i])))
             for _, group in groupby(order, key=lambda i: repr(_settings(requests[i]))):
@@ -131,14 +133,13 @@ class Generation:
             raise Unsupported("transformers' continuous batching does not speculate")
         return continuous.start(self.module, limits, self.generator)
 
-    def _assisted(self, request: Request, how: dict[str, Any], speculation: Speculation) -> Completion:
+    def _assisted(self, request: Request, how: dict[str, Any]) -> Completion:
         tally, choose = Tally(), self.module._get_candidate_generator  # noqa: SLF001  # no public hook
         self.module._get_candidate_generator = lambda *a, **k: tally.watch(choose(*a, **k))  # noqa: SLF001
         try:
             (completion,) = self._call([request], how)
         finally:
-            del self.module._get_candidate_generator
-        del speculation
+            del self.module._get_candidate_generator  # noqa: SLF001
         return replace(completion, drafted=tally.drafted, accepted=tally.accepted, rounds=tally.rounds)
 
     def _assistance(self, speculation: Speculation) -> dict[str, Any]:

@@ -21,7 +21,7 @@ PROBE = "abcdef"
 
 
 def tokenizer(meanings: Iterable[int], *, probe: str = "") -> Any:
-    """A tokenizer whose id j is the character of token meanings[j]; the letters of `probe` come after them."""
+    """A tokenizer whose id j is the character of token meanings[j]; the letters of `probe` follow."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {text((meaning,)): j for j, meaning in enumerate(meanings)}
