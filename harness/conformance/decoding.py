@@ -150,7 +150,7 @@ def methods(case: Case, model: Any, *wanted: str) -> list[str]:
     return found
 
 
-def ways(case: Case, model: Any, length: int = 3, *, near: float = 0.03) -> dict[str, Speculation]:
+def ways(case: Case, model: Any, length: int = 3, *, near: float = 0.02) -> dict[str, Speculation]:
     """Every method of speculation that the engine offers at the twin's own size, by name; a draft is loaded
     that is often right, the more the less noise `near` is. Raises Unsupported where there is none."""
     found = {}

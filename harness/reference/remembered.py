@@ -1,5 +1,5 @@
-"""A model that computes each pass once: enumeration replays a generation thousands of times, and nearly all of
-its passes are those of a replay before."""
+"""A model that computes each pass once: enumeration replays a generation hundreds of times, and nearly all of
+its passes are those of an earlier replay."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from harness.reference.trace import Cache
 
 @contextmanager
 def remembered(*models: ReferenceModel | None) -> Iterator[None]:
-    """Within this context a pass over the same bytes (tokens, cache, mask, positions) is answered from memory.
+    """Within this context a pass over the same bytes is answered from memory.
 
-    A pass is a function of these and of the weights, which must not change meanwhile. Who gets an answer must
-    not write to it.
+    A pass is a function of tokens, cache, mask, positions and the weights, which must not change meanwhile.
+    Who gets an answer must not write to it.
     """
     patched = [model for model in models if model is not None]
     for model in patched:

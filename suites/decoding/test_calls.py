@@ -65,7 +65,7 @@ DISTURBING = (
     "decoding.speculation-leaves-nothing-behind",
     clause="engine.Speculation",
     needs=("generate", "speculate"),
-    kills=("drafts-are-pruned-in-place", "lookups-remember-former-requests"),
+    kills=("drafts-are-pruned-in-place",),
     applies=independent,
 )
 def test_speculation_again(case: Case) -> None:

@@ -13,9 +13,10 @@ import torch
 from harness.evidence.enumeration import law
 from harness.evidence.law import Law
 from harness.implementations.reference import Reference, ReferenceUnderTest
-from harness.reference import weights
+from harness.reference import ReferenceModel, weights
 from harness.reference.engine import Completion, Grammar, Method, Request, Sampling, Speculation
 from harness.reference.engine.sampling import Sampler
+from harness.reference.remembered import remembered
 from harness.spec import load, twin
 from harness.spec.architecture import Architecture
 
@@ -125,6 +126,30 @@ def greedy_case(seed: int) -> None:
         seed,
         method,
     )
+
+
+def test_a_remembered_pass_is_the_same_and_computed_once() -> None:
+    """Within `remembered` equal calls give equal answers from one pass; afterwards nothing is left of it."""
+    model = pair(small("mixtral-8x7b", 5, 2), 1).model
+    tokens, count = torch.tensor([[1, 2, 3]]), [0]
+    run = type(model).run
+
+    def counted(self: ReferenceModel, *given: Any) -> Any:
+        count[0] += 1
+        return run(self, *given)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(ReferenceModel, "run", counted)
+        logits, cache = model.extend(tokens, None)
+        after, _ = model.extend(tokens, cache)
+        with remembered(model):
+            for _ in range(3):
+                again, cached = model.extend(tokens.clone(), None)
+                assert torch.equal(again, logits)
+                assert torch.equal(model.extend(tokens, cached)[0], after)
+        assert count[0] == 2 + 2
+        model.extend(tokens, None)
+        assert count[0] == 5
 
 
 @pytest.mark.parametrize("start", range(0, 20, 5))

@@ -122,8 +122,9 @@ LLAMA_COMMAND = (
     "-ctk", "f32", "-ctv", "f32", "-fa", "off",
 )  # fmt: skip
 VLLM_COMMAND = (
-    "vllm", VLLM, "-m", "vllm.entrypoints.openai.api_server", "--model", "FOLDER/model", "--served-model-name", "tiny", "--dtype", "float32",
-    "--block-size", "32", "--max-model-len", "256", "--max-num-seqs", "4", "--enforce-eager",
+    "vllm", VLLM, "-m", "vllm.entrypoints.openai.api_server", "--model", "FOLDER/model",
+    "--served-model-name", "tiny", "--dtype", "float32", "--block-size", "32", "--max-model-len", "256",
+    "--max-num-seqs", "4", "--enforce-eager",
 )  # fmt: skip
 DRAFTED = ("--spec-type", "draft-simple", "-md", "FOLDER/draft/model.gguf", "-ctkd", "f32", "-ctvd", "f32")
 SPECULATED = '{"method": "draft_model", "model": "FOLDER/draft", "num_speculative_tokens": 3}'

@@ -236,8 +236,8 @@ def test_eviction_changes_nothing(case: Case) -> None:
     for pages in (largest, largest + 1, 2 * largest - 1):
         session = model.start(Limits(3, PAGE, pages, chunk=16), speculation=None)
         for order in (range(12), (7, 2, 11, 5, 0, 9, 3, 10, 1, 8, 4, 6)):
-            order = [place for place in order if place < len(requests)]
-            found = run(session, arrivals(model, requests, order=order, every=1.0)).completions
+            kept = [place for place in order if place < len(requests)]
+            found = run(session, arrivals(model, requests, order=kept, every=1.0)).completions
             what = f"in a pool of {pages} pages that many share"
             same_all(agreement, found, wanted, requests, what=what, stage="pages")
             answers += found

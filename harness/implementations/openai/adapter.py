@@ -8,6 +8,7 @@
     vocab=N           size of the vocabulary, for a server that takes and gives token ids
     plain=URL         the same server without speculation: requests without speculation go there
     method=NAME       the Speculation.method that the first server uses, with plain=; default draft_model
+    without=A+B       settings that are not sent: one that would end the server
     prompts=tokens    or text; default: token ids where the server takes them
     timeout=30        seconds for one request, retries included
     requests=2000     at most, for one address; then the outcome is `unsupported`, and says so
@@ -44,6 +45,7 @@ DEFAULTS = {
     "vocab": "0",
     "plain": "",
     "method": "draft_model",
+    "without": "",
     "prompts": "",
     "timeout": "30",
     "requests": "2000",
@@ -91,6 +93,7 @@ def connect(rest: str) -> OpenAIImplementation:
                 vocabulary=_vocabulary(options["tokens"]),
                 size=int(numbers["vocab"]),
                 prompts=options["prompts"],
+                without=frozenset(filter(None, options["without"].split("+"))),
             )
         except (Failure, Unusable, Unsupported, ValueError) as error:
             raise AdapterError(f"openai:{transport.url}: {error}") from None

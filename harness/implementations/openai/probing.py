@@ -45,12 +45,19 @@ class Unusable(Exception):
 
 
 def probe(
-    transport: Transport, *, model: str, vocabulary: Vocabulary | None, size: int, prompts: str
+    transport: Transport,
+    *,
+    model: str,
+    vocabulary: Vocabulary | None,
+    size: int,
+    prompts: str,
+    without: frozenset[str] = frozenset(),
 ) -> Offer:
     """Find out what the server offers, with a few requests of one token each.
 
     `model` "": the first that it lists. `vocabulary` None: token ids alone, `size` of them (0: as many as the
-    server says). `prompts`: "tokens", "text", or "" for what works. Raises Unusable, or Failure.
+    server says). `prompts`: "tokens", "text", or "" for what works. `without`: settings that are not tried.
+    Raises Unusable, or Failure.
     """
     listed = _listed(transport, needed=not model)
     model = model or str(listed["id"])
@@ -80,7 +87,9 @@ def probe(
         if not vocabulary.size:
             raise Unusable("it does not say how large its vocabulary is: add vocab=N")
     asking.tried = TRIED | {"stop": ["a" if id_prompts else asking.base["prompt"]]}
-    taken, refused = asking.taken(name for name in (*STANDARD, *EXTENSIONS) if name not in absent)
+    left = absent | without
+    taken, refused = asking.taken(name for name in (*STANDARD, *EXTENSIONS) if name not in left)
+    refused |= {name: f"without= leaves {name} out" for name in without}
     refused |= {name: f"llama.cpp's server has no field for {name}" for name in absent}
     settings, reasons = _settings(set(taken), refused, vocabulary, helpers)
     return Offer(model, vocabulary, settings, reasons, id_prompts, helpers, names)
