@@ -106,12 +106,19 @@ def lossless(case: Case, what: str, found: Law, wanted: Law, *, stage: str = "la
         )
 
 
+REFUSED = "answered 400"
+"""How an endpoint's adapter words it, such as for a temperature beyond the bound of its API."""
+
+
 def generated(
     model: Any, requests: Sequence[Request], speculation: Speculation | None = None
 ) -> Sequence[Completion]:
-    """The completions; raises Violation where one could not be served."""
+    """The completions; raises Violation where one could not be served, Unsupported where a server declares
+    (HTTP 400) that it does not take such a request."""
     answers: Sequence[Completion] = model.generate(list(requests), speculation=speculation)
     for i, answer in enumerate(answers):
+        if "weights" not in model.capabilities and REFUSED in answer.error:
+            raise Unsupported(f"request {i} of {len(answers)} is refused: {answer.error}")
         require(
             answer.finish_reason in ("stop", "length"),
             f"request {i} of {len(answers)} ended with {answer.finish_reason!r}: {answer.error or '?'}",

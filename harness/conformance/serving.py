@@ -54,8 +54,11 @@ def windowed(architecture: Architecture | None) -> bool:
 
 
 def engine(case: Case, weights: Mapping[str, Tensor] | None = None) -> Any:
-    """The model under test in float64, or as it is where it keeps its own weights."""
-    return case.model(weights=weights, dtype=torch.float64)
+    """The model under test in float64, or as it is where it keeps its own weights. Its `settings` are those of
+    its sessions, which may honour fewer than `generate`."""
+    model = case.model(weights=weights, dtype=torch.float64)
+    model.settings = getattr(model, "serve_settings", settings(model))
+    return model
 
 
 def exact(model: Any) -> bool:
@@ -64,8 +67,8 @@ def exact(model: Any) -> bool:
 
 
 def settings(model: Any) -> frozenset[str]:
-    """The fields of Sampling and Request that a session honours."""
-    found: frozenset[str] = getattr(model, "serve_settings", getattr(model, "settings", frozenset()))
+    """The fields of Sampling and Request that are honoured."""
+    found: frozenset[str] = getattr(model, "settings", frozenset())
     return found
 
 

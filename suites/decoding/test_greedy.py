@@ -93,7 +93,7 @@ def test_batch(case: Case) -> None:
     "decoding.uneven-acceptance-changes-nothing",
     clause="engine.Speculation",
     needs=("generate", "speculate"),
-    kills=("rows-are-rolled-back-alike", "drafts-shrink-in-company"),
+    kills=("drafts-shrink-in-company", "rows-are-taken-to-be-equally-long"),
     applies=independent,
 )
 def test_uneven_acceptance(case: Case) -> None:

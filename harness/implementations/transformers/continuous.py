@@ -116,27 +116,30 @@ class ContinuousSession:
         waiting = sorted(
             (i for i in range(len(arrivals)) if i not in answers), key=lambda i: (arrivals[i].at, i)
         )
-        due, sent, start = list(waiting), set[int](), len(self.log)
+        due, sent, skipped = list(waiting), set[int](), 0.0
         cancelled: dict[int, tuple[int, ...]] = {}
 
         def feed() -> None:
-            now = len(self.log) - start
+            nonlocal skipped
+            now = len(self.log) + skipped
             idle = not self.manager.batch_processor.has_pending_requests()
             if due and idle and arrivals[due[0]].at > now and sent <= answers.keys() | cancelled.keys():
-                now = math.ceil(arrivals[due[0]].at)  # nothing happens until then
+                skipped += arrivals[due[0]].at - now  # nothing happens until then
+                now = arrivals[due[0]].at
             while due and arrivals[due[0]].at <= now:
                 index = due.pop(0)
                 sent.add(index)
                 self._add(names[index], arrivals[index])
             active = self.manager.batch_processor.scheduler.active_requests
             for index in sent - cancelled.keys() - answers.keys():
-                after, state = arrivals[index].cancel_after, active.get(names[index])
+                after, gone, state = arrivals[index].cancel_after, arrivals[index].cancel_at, active.get(names[index])
                 generated = () if state is None else tuple(state.to_generation_output().generated_tokens)
-                if after is not None and len(generated) >= after:
+                if (after is not None and len(generated) >= after) or (gone is not None and now >= gone):
                     cancelled[index] = generated
                     self.manager.cancel_request(names[index])
 
         self.feed = feed
+        self.manager._wake_up_loop.set()  # noqa: SLF001  # else it looks for work ten times a second
         self._collect(arrivals, names, answers, cancelled)
         self.feed = lambda: None
         timeline = [entry.iteration(names) for entry in self.log]
