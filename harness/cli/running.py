@@ -104,8 +104,11 @@ def servers(
 
 def report(
     output: Annotated[Path, typer.Option(help="Folder for the tables.")] = Path("results"),
+    engines: Annotated[
+        bool, typer.Option("--engines", help="Decoding and serving too, which takes minutes.")
+    ] = False,
 ) -> None:
     """Audit the leak, run the suites on the reference and on transformers, write and print the tables."""
     from harness.cli.reporting import make
 
-    raise typer.Exit(make(output))
+    raise typer.Exit(make(output, engines=engines))

@@ -17,7 +17,7 @@ from harness.conformance import laws
 from harness.conformance.case import Case
 from harness.conformance.pairs import Pair, designed
 from harness.conformance.property import Violation, require
-from harness.conformance.serving import REQUEST_SETTINGS, near_draft
+from harness.conformance.serving import GREEDY, REQUEST_SETTINGS, near_draft
 from harness.evidence.enumeration import law
 from harness.evidence.law import Law
 from harness.implementations.protocols import Unsupported
@@ -175,11 +175,23 @@ def ways(case: Case, model: Any, length: int = 3, *, near: float = 0.02) -> dict
             found[name] = Speculation(name, length)  # type: ignore[arg-type]
         if "universal" in drafted:
             found["universal"] = Speculation("universal", length, vocabulary=shuffled(case.vocab_size))
+            if not taken(case, model, found["universal"]):
+                del found["universal"]
     elif "draft_model" in model.methods and "weights" not in model.capabilities:
         found["draft_model"] = Speculation("draft_model", length)  # a server has its own
     if not found:
         raise Unsupported("the engine offers no speculation that needs no draft, and no draft can be loaded")
     return found
+
+
+def taken(case: Case, model: Any, speculation: Speculation) -> bool:
+    """Whether the engine takes just this speculation; where it does not, its reason is noted."""
+    try:
+        generated(model, [Request((0,), 1, GREEDY)], speculation)
+    except Unsupported as error:
+        case.note(f"{speculation.method}_not_taken", str(error))
+        return False
+    return True
 
 
 def shuffled(vocab_size: int) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 MAPPED_FAMILIES = ("dbrx", "deepseek_v3", "gpt2", "gpt_oss", "llama", "mixtral", "olmoe", "qwen3_moe")
 """Families of transformers that can be built from an architecture and loaded with the reference's weights."""
 
-OPTIONS = {"experts": ("eager", "batched_mm", "grouped_mm"), "attention": ("eager", "sdpa")}
+OPTIONS = {"experts": ("eager", "batched_mm", "grouped_mm"), "attention": ("auto", "eager", "sdpa")}
 """What may follow `transformers:NAME,`; the first of each is the default."""
 
 

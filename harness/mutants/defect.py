@@ -48,8 +48,7 @@ class Mutant:
     """What is wrong: param, proj, score, select, weigh, drop, combine, loss, gradient, project, rotate,
     expand_kv, mask, scores, cache, norm, unembed, compute (more than needed) or state (left by a call). Of
     an engine: law (of the tokens drawn), greedy, stop, logprobs, seed, acceptance, counters, isolation,
-    settings (ignored), pages,
-    prefix (shared), preempt, rollback, schedule or fault."""
+    settings (ignored), pages, prefix (shared), preempt, rollback, schedule or fault."""
     origin: str
     """Where a defect of this kind shipped: repository#issue or commit; empty where none is cited."""
     defect: str

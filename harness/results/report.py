@@ -89,6 +89,12 @@ def conformance(run: Run) -> Page:
     return Page("conformance.md", "Conformance", COMMAND, tables.summary(run))
 
 
+def engines(run: Run) -> Page:
+    """How every property of what is generated ended."""
+    made_by = f"{COMMAND} --engines"
+    return Page("engines.md", "Conformance of decoding and serving", made_by, tables.summary(run))
+
+
 def _published(spec: Spec, found: Description) -> Iterator[tuple[object, ...]]:
     parameters = found.facts["parameters"]
     under = {"parameters.total": parameters["total_under"], "parameters.active": parameters["active"]}

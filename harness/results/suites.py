@@ -6,21 +6,32 @@ from collections.abc import Sequence
 
 from harness._resources import in_wheel, suites_dir
 
+WHEEL = ["--pyargs", "harness.suites"]
+ARCHITECTURE = ("parameters", "compute", "routing", "attention")
+"""Parts of the suites that concern one pass of a model."""
+ENGINES = ("decoding", "serving")
+"""Parts that concern what is generated."""
 
-def run(arguments: Sequence[str]) -> int:
-    """pytest's exit code on the conformance suites with `arguments` of pytest."""
+
+def run(arguments: Sequence[str], parts: Sequence[str] = ()) -> int:
+    """pytest's exit code on some parts of the conformance suites, or on all, with `arguments` of pytest."""
     import pytest
 
-    return int(pytest.main([*arguments, *targets()]))
+    return int(pytest.main([*arguments, *targets(parts)]))
 
 
-def targets() -> list[str]:
+def targets(parts: Sequence[str] = ()) -> list[str]:
     """What pytest is pointed at: the suites, less the tests of the harness itself.
 
     No cache folder is left in a site-packages folder.
     """
     suites = suites_dir()
-    where = ["--pyargs", "harness.suites"] if in_wheel() else [str(suites), f"--ignore={suites / 'selftest'}"]
+    if in_wheel():
+        where = ["--pyargs", *(f"harness.suites.{part}" for part in parts)] if parts else WHEEL
+    elif parts:
+        where = [str(suites / part) for part in parts]
+    else:
+        where = [str(suites), f"--ignore={suites / 'selftest'}"]
     # pytest cannot rewrite the asserts of a package that this process has imported; ours needs none.
     quiet = ["-W", "ignore:Module already imported so cannot be rewritten:pytest.PytestAssertRewriteWarning"]
     return ["-p", "harness.plugin", "-p", "no:cacheprovider", *quiet, *where]

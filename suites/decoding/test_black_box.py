@@ -9,7 +9,6 @@ from harness.conformance import Case, conformance, require
 from harness.conformance.decoding import generated, ways
 from harness.conformance.serving import ask_for, independent, prompts
 from harness.evidence.betting import TwoSamples
-from harness.implementations.protocols import Unsupported
 from harness.reference.engine import Request, Sampling, Speculation
 
 LENGTH, DRAFTS = 5, 3
@@ -37,25 +36,28 @@ def outcome(tokens: tuple[int, ...], common: list[list[int]]) -> tuple[int, ...]
     "decoding.sampled-speculation-keeps-the-law",
     clause="engine.Speculation",
     needs=("generate", "speculate"),
-    kills=(),
+    kills=("every-draft-stands",),
     applies=independent,
 )
 def test_black_box_law(case: Case) -> None:
     """Sampled completions with speculation have the law of those without: an e-process at alpha = 1e-9."""
     model = case.model()
-    if "enumerable" in model.capabilities:
-        raise Unsupported("its law is computed exactly, by enumeration")
     ask_for(model, "temperature")
     prompt = prompts(case, (4,))[0] * 3
-    requests = [Request(prompt, LENGTH, Sampling(temperature=1.0))] * BATCH
+    requests = [Request(prompt, LENGTH, Sampling(temperature=0.7))] * BATCH
 
     def drawn(speculation: Speculation | None) -> list[tuple[int, ...]]:
         return [answer.tokens for answer in generated(model, requests, speculation)]
 
+    offered = ways(case, model, DRAFTS)
+    if (
+        "enumerable" in model.capabilities
+    ):  # its laws are computed elsewhere: here the bets show that they work
+        offered = dict([*offered.items()][:1])
     common = classes([tokens for _ in range(4) for tokens in drawn(None)])
-    for name, speculation in ways(case, model, DRAFTS).items():
+    for name, speculation in offered.items():
         bets = TwoSamples(outcomes=(COMMON + 1) ** (LENGTH - 1))
-        for _ in range(PAIRS // BATCH):
+        for _ in range(pairs // BATCH):
             for plain, other in zip(drawn(None), drawn(speculation), strict=True):
                 rejected = bets.update(outcome(plain, common), outcome(other, common))
                 require(

@@ -129,7 +129,7 @@ def test_long(case: Case) -> None:
     model = precise(case)
     context = case.shape.max_positions
     prompts = case.tokens(2, 5).tolist()
-    requests = [Request(tuple(prompt), context, GREEDY) for prompt in prompts]
+    requests = [Request(tuple(prompt), context - len(prompt), GREEDY) for prompt in prompts]
     found = {"plain": generated(model, requests)}
     if "prompt_lookup" in getattr(model, "methods", ()):
         found["prompt_lookup"] = generated(model, requests, Speculation("prompt_lookup", 3))

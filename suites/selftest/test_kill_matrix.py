@@ -26,6 +26,10 @@ STAGED = {
     "routing.combines-the-experts": "combine",
 }
 """In the order of the stages: each judges its own on the implementation's input to it."""
+ENGINE_STAGES = frozenset(
+    ("law", "greedy", "stop", "logprobs", "seed", "acceptance", "counters", "isolation", "settings")
+    + ("pages", "prefix", "preempt", "rollback", "schedule", "fault")
+)
 
 
 def node(slug: str, implementation: str, spec: str) -> str:
@@ -81,6 +85,9 @@ def test_every_claimed_kill_is_real(spec: str, tmp_path: Path) -> None:
     found = run(nodes, mutants, [spec], tmp_path / "run.jsonl")
     records = {(r.slug, r.implementation.removeprefix("mutant:")): r for r in found}
     assert sorted(records) == pairs
+    named = {name for (_, name), record in records.items() if record.stage == CATALOGUE[name].stage}
+    engines = {name for _, name in pairs if CATALOGUE[name].stage in ENGINE_STAGES}
+    assert not engines - named, "no property names the stage at which these are wrong"
     for (slug, name), record in records.items():
         what = f"{slug} on {name}: {record.outcome} {record.stage} {record.reason}"
         claimed = (slug, name) in KILLS
@@ -106,7 +113,7 @@ def test_the_reference_never_fails(tmp_path: Path) -> None:
         "gpt3-175b",
         "palm-540b",
     )
-    parts = ("parameters", "compute", "routing", "attention")
+    parts = ("parameters", "compute", "routing", "attention", "decoding", "serving")
     for seed in range(1, 21):
         file = tmp_path / f"{seed}.jsonl"
         nodes = [f"suites/{part}" for part in parts]

@@ -25,7 +25,7 @@ from harness.conformance.serving import (
 )
 from harness.reference.engine import Completion, Grammar, Limits, Request, Sampling
 
-PAGE = 3
+PAGE = 4
 ROOMY = Limits(1, PAGE)
 
 

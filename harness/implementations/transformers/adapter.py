@@ -54,11 +54,15 @@ MOST_PARAMETERS = 10_000_000
 
 @dataclass(frozen=True)
 class TransformersImplementation:
-    """`transformers:NAME[,experts=...][,attention=...]`."""
+    """`transformers:NAME[,experts=...][,attention=...]`.
+
+    attention "auto" is eager in float32. In float64, where eager attention makes NaN of left padding, because its
+    softmax is in float32, it is sdpa if the family has that.
+    """
 
     family: str
     experts: str = "eager"
-    attention: str = "eager"
+    attention: str = "auto"
 
     @classmethod
     def of(cls, family: str, *, experts: str, attention: str) -> TransformersImplementation:
@@ -70,7 +74,7 @@ class TransformersImplementation:
     def name(self) -> str:
         """As addressed, with the options that are not the default."""
         experts = "" if self.experts == "eager" else f",experts={self.experts}"
-        attention = "" if self.attention == "eager" else f",attention={self.attention}"
+        attention = "" if self.attention == "auto" else f",attention={self.attention}"
         return f"transformers:{self.family}{experts}{attention}"
 
     @property
@@ -125,9 +129,13 @@ class TransformersImplementation:
         if self.experts == "grouped_mm" and dtype == torch.float64:
             raise Unsupported("torch's grouped_mm has no float64 kernel: say experts=eager")
 
+        attention = self.attention
+        if attention == "auto":
+            attention = "sdpa" if dtype == torch.float64 and cls._supports_sdpa else "eager"
+
         def make() -> nn.Module:
             module: nn.Module = cls._from_config(
-                config, dtype=dtype, attn_implementation=self.attention, experts_implementation=self.experts
+                config, dtype=dtype, attn_implementation=attention, experts_implementation=self.experts
             )
             return module
 

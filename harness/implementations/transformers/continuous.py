@@ -1,8 +1,8 @@
 """transformers' continuous batching on one device: paged attention, and its own thread, scheduler and cache.
 
 What one request may say for itself is temperature, top_k, top_p and the tokens that end it; greedy is top_k
-= 1. The rest ends as an error of that request, said here. An answer that does not come is an error too: the
-engine is given a deadline, because it does not answer what was cancelled or what it lost.
+= 1. The rest is refused before anything is served. An answer that does not come is an error: the engine is given
+a deadline, because it does not answer what was cancelled or what it lost.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ from harness.implementations.transformers.library import library
 from harness.reference.engine import Arrival, Completion, Iteration, Limits, Request, Served
 
 SETTINGS = frozenset(("temperature", "top_k", "top_p", "eos"))
-DEADLINE = 60.0
-"""Seconds without any answer after which those that are missing are given up."""
+DEADLINE = 10.0
+"""Seconds without a pass or an answer after which the answers that are missing are given up."""
 
 NEARLY = math.nextafter(1.0, 0.0)
 """Of temperature and top_p: at 1 exactly the engine makes no processor that a request could then set."""
@@ -87,6 +87,8 @@ class ContinuousSession:
     vocab_size: int
     runs: int = 0
     log: list[_Pass] = field(default_factory=list)
+    cached: dict[str, int] = field(default_factory=dict)
+    """Tokens of a prompt that were found in the cache, by the name of the request."""
     feed: Callable[[], None] = lambda: None
 
     def begin(self) -> None:
@@ -105,18 +107,21 @@ class ContinuousSession:
             if not self.manager.is_running():
                 raise RuntimeError(str(self.manager.background_thread_status.fatal_error))
         self.feed = lambda: None
-        watch(self.manager.batch_processor, self.log)
+        watch(self.manager.batch_processor, self.log, self.cached)
 
     def run(self, arrivals: Sequence[Arrival]) -> Served:
-        """Serve them all, each handed in before the iteration of its time."""
+        """Serve them all, each handed in before the iteration of its time. Raises Unsupported for a setting that
+        is not among SETTINGS."""
+        from harness.implementations.transformers.generation import require_expressible
+
+        for arrival in arrivals:
+            require_expressible(arrival.request, SETTINGS)
         self.runs += 1
         self.log.clear()
         names = [f"{self.runs}.{index}" for index in range(len(arrivals))]
-        answers = {i: refused for i, a in enumerate(arrivals) if (refused := refusal(a.request)) is not None}
-        waiting = sorted(
-            (i for i in range(len(arrivals)) if i not in answers), key=lambda i: (arrivals[i].at, i)
-        )
-        due, sent, skipped = list(waiting), set[int](), 0.0
+        answers: dict[int, Completion] = {}
+        due = sorted(range(len(arrivals)), key=lambda i: (arrivals[i].at, i))
+        sent, skipped = set[int](), 0.0
         cancelled: dict[int, tuple[int, ...]] = {}
 
         def feed() -> None:
@@ -132,7 +137,8 @@ class ContinuousSession:
                 self._add(names[index], arrivals[index])
             active = self.manager.batch_processor.scheduler.active_requests
             for index in sent - cancelled.keys() - answers.keys():
-                after, gone, state = arrivals[index].cancel_after, arrivals[index].cancel_at, active.get(names[index])
+                after, gone = arrivals[index].cancel_after, arrivals[index].cancel_at
+                state = active.get(names[index])
                 generated = () if state is None else tuple(state.to_generation_output().generated_tokens)
                 if (after is not None and len(generated) >= after) or (gone is not None and now >= gone):
                     cancelled[index] = generated
@@ -143,7 +149,11 @@ class ContinuousSession:
         self._collect(arrivals, names, answers, cancelled)
         self.feed = lambda: None
         timeline = [entry.iteration(names) for entry in self.log]
-        return Served([answers[i] for i in range(len(arrivals))], timeline)
+        return Served([self._counted(names[i], answers[i]) for i in range(len(arrivals))], timeline)
+
+    def _counted(self, name: str, answer: Completion) -> Completion:
+        preemptions = sum(name in entry.preempted for entry in self.log)
+        return replace(answer, cached_tokens=self.cached.get(name, 0), preemptions=preemptions)
 
     def close(self) -> None:
         """Stop the thread; at once, for a thread that hangs does not end by itself."""
@@ -170,15 +180,17 @@ class ContinuousSession:
         cancelled: dict[int, tuple[int, ...]],
     ) -> None:
         index_of = {name: index for index, name in enumerate(names)}
-        last = time.monotonic()
+        last, seen = time.monotonic(), 0
         while len(answers) < len(arrivals):
             result = self.manager.get_result(timeout=0.05)
             for index in cancelled.keys() - answers.keys():  # such a request is never answered
                 answers[index] = Completion(cancelled[index], "cancelled")
+            if len(self.log) > seen:
+                last, seen = time.monotonic(), len(self.log)
             if result is None:
                 dead = not self.manager.is_running() and self.manager.output_router.output_queue.empty()
                 if dead or time.monotonic() - last > DEADLINE:
-                    why = f"no answer within {DEADLINE:g} s"
+                    why = f"the engine neither computed nor answered for {DEADLINE:g} s"
                     if dead:
                         why = f"the engine ended: {self.manager.background_thread_status.fatal_error}"
                     for index in range(len(arrivals)):
@@ -190,17 +202,6 @@ class ContinuousSession:
             last = time.monotonic()
             if result.is_finished() and found not in answers:
                 answers[found] = completed(arrivals[found].request, result)
-
-
-def refusal(request: Request) -> Completion | None:
-    """Why a request cannot be put to this engine, as its completion."""
-    from harness.implementations.transformers.generation import require_expressible
-
-    try:
-        require_expressible(request, SETTINGS)
-    except Unsupported as error:
-        return Completion((), "error", error=f"{error} in continuous batching")
-    return None
 
 
 def completed(request: Request, result: Any) -> Completion:
@@ -236,8 +237,9 @@ class _Pass:
         )
 
 
-def watch(processor: Any, log: list[_Pass]) -> None:
-    """Let a batch processor append each of its passes to `log`."""
+def watch(processor: Any, log: list[_Pass], cached: dict[str, int]) -> None:
+    """Let a batch processor append each of its passes to `log`, and enter each hit of its cache in `cached`."""
+    search = processor.cache.search_prefix_match
     prepare, offload = processor.prepare_next_batch, processor.offloading_manager.offload_requests
     preempted: list[str] = []
 
@@ -266,5 +268,10 @@ def watch(processor: Any, log: list[_Pass]) -> None:
             preempted.clear()
         return ready
 
+    def search_prefix_match(request_id: str, prompt_ids: list[int]) -> int:
+        found = cached[request_id] = int(search(request_id, prompt_ids))
+        return found
+
+    processor.cache.search_prefix_match = search_prefix_match
     processor.prepare_next_batch = prepare_next_batch
     processor.offloading_manager.offload_requests = offload_requests

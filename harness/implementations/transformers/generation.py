@@ -114,6 +114,8 @@ class Generation:
         speculation, which transformers has for one sequence at a time, each is a call of its own."""
         for request in requests:
             require_expressible(request, SETTINGS)
+            if not request.prompt:
+                raise ValueError("transformers generates from one token or more: this prompt is empty")
         done: dict[int, Completion] = {}
         if speculation is not None:
             how = self._assistance(speculation)
@@ -180,8 +182,9 @@ class Generation:
         device = next(self.module.parameters()).device
         first = requests[0]
         width = max(len(r.prompt) for r in requests)
-        pad = first.eos[0] if first.eos else 0
-        rows = [[pad] * (width - len(r.prompt)) + list(r.prompt) for r in requests]
+        # Of one's own choosing it would hide itself: a draft leaves out what equals it, in the prompt too.
+        pad = first.eos[0] if first.eos else None
+        rows = [[pad or 0] * (width - len(r.prompt)) + list(r.prompt) for r in requests]
         mask = [[0] * (width - len(r.prompt)) + [1] * len(r.prompt) for r in requests]
         config = library().GenerationConfig(
             max_new_tokens=max(r.max_tokens for r in requests),
