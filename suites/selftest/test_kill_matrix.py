@@ -27,8 +27,23 @@ STAGED = {
 }
 """In the order of the stages: each judges its own on the implementation's input to it."""
 ENGINE_STAGES = frozenset(
-    ("law", "greedy", "stop", "logprobs", "seed", "acceptance", "counters", "isolation", "settings")
-    + ("pages", "prefix", "preempt", "rollback", "schedule", "fault")
+    [
+        "law",
+        "greedy",
+        "stop",
+        "logprobs",
+        "seed",
+        "acceptance",
+        "counters",
+        "isolation",
+        "settings",
+        "pages",
+        "prefix",
+        "preempt",
+        "rollback",
+        "schedule",
+        "fault",
+    ]
 )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from harness.conformance import Case, Void, conformance
 from harness.conformance.serving import (
@@ -16,14 +15,13 @@ from harness.conformance.serving import (
     greedy,
     independent,
     narrow,
-    offered,
-    prompts,
     same_all,
     seeded,
     serve,
     speculations,
+    varied,
 )
-from harness.reference.engine import Completion, Grammar, Limits, Request, Sampling
+from harness.reference.engine import Completion, Limits, Request
 
 PAGE = 4
 ROOMY = Limits(1, PAGE)
@@ -114,28 +112,8 @@ def test_preemption_keeps_the_seed(case: Case) -> None:
 def test_preemption_keeps_the_settings(case: Case) -> None:
     """Penalties, grammars, ends and least lengths count on as before, after a request lost its pages."""
     model = engine(case)
-    rows = prompts(case, (7, 5, 9, 6, 4, 5))
-    (some,) = prompts(case, (18,))
-    chosen = list(dict.fromkeys(some))[:12]
-    ring = Grammar(tuple(tuple((t, (i + 1) % 4) for t in chosen[3 * i : 3 * i + 3]) for i in range(4)))
-    often = tuple((token, 25.0) for token in chosen[:3])  # above all others, so that they repeat
-    # The youngest lose their pages most often: they have most to remember.
-    laws = (
-        Sampling(temperature=0.0, logit_bias=often, repetition_penalty=1.3),
-        Sampling(temperature=1.5, grammar=ring),
-        Sampling(temperature=0.0, logit_bias=often),
-        Sampling(temperature=1.0, logit_bias=often, presence_penalty=6.0),
-        Sampling(temperature=1.2, logit_bias=often, frequency_penalty=2.0, repetition_penalty=1.2),
-        Sampling(temperature=0.0, logit_bias=often, frequency_penalty=3.0),
-    )
-    ends = (9, 8, 9, 10, 9, 10)
-    requests = [
-        Request(row, n, replace(law, seed=31 + i), logprobs=True)
-        for i, (row, n, law) in enumerate(zip(rows, ends, laws, strict=True))
-    ]
-    requests[2] = replace(requests[2], eos=tuple(chosen[:3]), min_tokens=5)
-    requests = [offered(model, request) for request in requests]
-    squeezed(case, requests, alone(model, requests, ROOMY), stage="preempt", slots=6)
+    requests = varied(case, model)  # the youngest lose their pages most often: they have most to remember
+    squeezed(case, requests, alone(model, requests, ROOMY), stage="preempt", slots=7)
 
 
 @conformance(

@@ -6,6 +6,7 @@ A page holds `PAGE` tokens; a full page is shared, and the prompt's last token i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from harness.conformance import Case, Void, conformance, require
@@ -28,6 +29,7 @@ from harness.conformance.serving import (
     seeded_too,
     sized,
     speculations,
+    varied,
 )
 from harness.reference.engine import Arrival, Completion, Limits, Request
 
@@ -97,6 +99,31 @@ def test_a_hit_equals_a_miss(case: Case) -> None:
 
 
 @conformance(
+    "serving.hits-and-chunks-keep-the-settings",
+    clause="serving.settings",
+    needs=("serve", "limits"),
+    kills=(),
+    applies=independent,
+)
+def test_hits_and_chunks_keep_the_settings(case: Case) -> None:
+    """Penalties, biases, grammars and least lengths count all of a prompt and nothing else, though it came in
+    chunks, or most of it from the cache."""
+    model = engine(case)
+    requests = varied(case, model, (7, 5, 9, 12, 8, 10, 6))
+    wanted, agreement = alone(model, requests, APART), Agreement(exact(model))
+    for limits in (SHARING, Limits(2, PAGE, chunk=3)):
+        session = model.start(limits, speculation=None)
+        first = run(session, arrivals(model, requests)).completions
+        again = one_by_one(session, requests)
+        session.close()
+        hits(case, again)
+        what = f"in chunks of {limits.chunk}"
+        same_all(agreement, first, wanted, requests, what=what, stage="isolation")
+        same_all(agreement, again, wanted, requests, what=f"asked again, {what}", stage="isolation")
+    agreement.noted(case)
+
+
+@conformance(
     "serving.asked-again-answers-the-same",
     clause="serving.prefix_sharing",
     needs=("serve",),
@@ -160,6 +187,20 @@ def test_salts_isolate(case: Case) -> None:
     same_all(
         agreement, [again for _, again in found], wanted, requests, what="of a known salt", stage="prefix"
     )
+    # All at once, the one without a salt last: none finds what another has, neither now nor later
+    together = [replace(request, prompt=request.prompt[::-1]) for request in reversed(requests)]
+    session = model.start(sized(model, SHARING), speculation=None)
+    first = run(session, arrivals(model, together)).completions
+    later = one_by_one(session, together)
+    session.close()
+    for request, one, other in zip(together, first, later, strict=True):
+        have = one.cached_tokens, other.cached_tokens > 0
+        require(
+            have == (0, True),
+            f"salt {request.salt!r}, beside others: {have[0]} tokens were cached at first, "
+            f"{other.cached_tokens} when it was asked again",
+            stage="prefix",
+        )
     agreement.noted(case)
 
 

@@ -267,13 +267,15 @@ def test_seeds_decide(case: Case) -> None:
     model = engine(case)
     ask_for(model, "seed", "temperature")
     (row,) = prompts(case, (5,))
-    laws = [Sampling(temperature=1.8, seed=seed) for seed in (7, 8, 7, 8, 7)]
+    laws = [Sampling(temperature=1.8, seed=seed) for seed in (7, 8, 7, 8, 7, 0, 0)]
     requests = [offered(model, Request(row, 12, law, logprobs=True)) for law in laws]
     agreement = Agreement(exact(model))
     for every in (0.0, 3.0):
         found = serve(model, arrivals(model, requests, every=every)).completions
         for i in (2, 4):
             agreement.same(found[i], found[0], requests[i], what="the same seed", stage="seed", but="before")
-        agreement.same(found[3], found[1], requests[3], what="the same seed", stage="seed", but="before")
+        for i, before in ((3, 1), (6, 5)):
+            what = f"seed {laws[i].seed}"
+            agreement.same(found[i], found[before], requests[i], what=what, stage="seed", but="before")
         require(found[0].tokens != found[1].tokens, "two seeds give the same tokens", stage="seed")
     agreement.noted(case)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from harness.conformance import Case, Void, conformance, require
 from harness.conformance.serving import (
     Agreement,
     alone,
     arrivals,
+    ask_for,
+    batchings,
     counted,
     engine,
     exact,
@@ -18,8 +23,9 @@ from harness.conformance.serving import (
     serve,
     sized,
     speculations,
+    varied,
 )
-from harness.reference.engine import Arrival, Limits
+from harness.reference.engine import Arrival, Limits, Request
 
 
 @conformance(
@@ -87,6 +93,70 @@ def test_speculation_in_a_tight_budget_changes_nothing(case: Case) -> None:
         if not drafted:
             raise Void(f"{speculation.method}: nothing was drafted")
     agreement.noted(case)
+
+
+def speculated_alike(case: Case, requests: Sequence[Request], *, stage: str) -> None:
+    """Each request is speculated in company, in chunks, in full pools: it gives what it gives speculated alone.
+
+    Void if nothing was drafted, or nobody preempted. A pass always has room for a whole window.
+    """
+    model = engine(case)
+    agreement = Agreement(exact(model))
+    largest = max(-(-(len(r.prompt) + r.max_tokens - 1) // 3) for r in requests)
+    for speculation in speculations(case, model):
+        wanted = alone(model, requests, Limits(1), speculation)
+        plain = [i for i, r in enumerate(requests) if r.sampling.temperature == 0]
+        asked = [requests[i] for i in plain]
+        once = alone(model, asked, Limits(1))
+        what = f"speculated by {speculation.method}"
+        same_all(agreement, [wanted[i] for i in plain], once, asked, what=what, stage=stage, but="without")
+        preempted = drafted = 0
+        for limits in (
+            Limits(8),
+            Limits(4, 3, chunk=5),
+            Limits(4, 3, 2 * largest),
+            Limits(3, 3, largest + 1, 7),
+            Limits(2, batching="static") if "static" in batchings(model) else Limits(2, 1),
+        ):
+            found = serve(model, arrivals(model, requests, every=0.5), limits, speculation).completions
+            where = f"{what} in an engine of {limits}"
+            same_all(agreement, found, wanted, requests, what=where, stage=stage, but="speculated alone")
+            preempted += counted(found, "preemptions")
+            drafted += counted(found, "drafted")
+        if not preempted or not drafted:
+            raise Void(f"{speculation.method}: {preempted} preemptions and {drafted} drafted tokens")
+    agreement.noted(case)
+
+
+@conformance(
+    "serving.seeds-hold-under-speculation",
+    clause="serving.seeds",
+    needs=("serve", "limits", "speculate"),
+    kills=(),
+    applies=independent,
+)
+def test_seeds_hold_under_speculation(case: Case) -> None:
+    """A seed decides what is drafted, accepted and drawn, in any company, in chunks and after preemption."""
+    model = engine(case)
+    ask_for(model, "seed", "temperature")
+    requests = narrow(case, model, greedy(case, model, (7, 5, 9, 6, 4), (9, 8, 6, 10, 7)))
+    laws = [replace(r.sampling, temperature=1.3, seed=101 + i) for i, r in enumerate(requests)]
+    requests = [replace(r, sampling=law) for r, law in zip(requests, laws, strict=True)]
+    speculated_alike(case, requests, stage="seed")
+
+
+@conformance(
+    "serving.speculation-keeps-the-settings",
+    clause="serving.settings",
+    needs=("serve", "limits", "speculate"),
+    kills=(),
+    applies=independent,
+)
+def test_speculation_keeps_the_settings(case: Case) -> None:
+    """In windows, too, penalties, grammars, ends and least lengths follow each request's own tokens."""
+    model = engine(case)
+    ask_for(model, "seed", "temperature")
+    speculated_alike(case, varied(case, model), stage="isolation")
 
 
 @conformance(
