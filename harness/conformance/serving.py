@@ -22,7 +22,6 @@ from harness.reference.engine import (
     Arrival,
     Batching,
     Completion,
-    Grammar,
     Iteration,
     Limits,
     Request,
@@ -111,6 +110,23 @@ def seeded_too(case: Case, model: Any, requests: Sequence[Request]) -> list[Requ
     return seeded(case, model, requests) if honours(model, "seed", "temperature") else []
 
 
+def startable(case: Case, model: Any, sizes: Sequence[Limits]) -> list[Limits]:
+    """The sizes that the engine takes; the others are noted. Raises Unsupported where it takes none."""
+    taken, why = [], {}
+    for limits in sizes:
+        try:
+            model.start(limits, speculation=None).close()
+        except Unsupported as error:
+            why[str(limits)] = str(error)
+        else:
+            taken.append(limits)
+    if why:
+        case.note("sizes_not_taken", why)
+    if not taken:
+        raise Unsupported(f"the engine takes none of {len(sizes)} sizes: {next(iter(why.values()))}")
+    return taken
+
+
 def sized(model: Any, limits: Limits) -> Limits | None:
     """Limits for an engine that takes them; None for one that has its own."""
     return limits if "limits" in model.capabilities else None
@@ -148,37 +164,6 @@ def seeded(case: Case, model: Any, requests: Sequence[Request], temperature: flo
     first = int(torch.randint(1, 1 << 20, (), generator=case.generator()))
     law = (Sampling(temperature=temperature, seed=first + i) for i in range(len(requests)))
     return [replace(request, sampling=sampling) for request, sampling in zip(requests, law, strict=True)]
-
-
-def varied(case: Case, model: Any, lengths: Sequence[int] = (7, 5, 9, 6, 4, 5, 6)) -> list[Request]:
-    """Seven requests with seeds whose settings differ: penalties, a grammar, ends, least lengths. Tokens that
-    they count are likely, and one of them begins every prompt."""
-    rows = prompts(case, lengths)
-    (some,) = prompts(case, (18,))
-    chosen = list(dict.fromkeys(some))[:12]
-    ring = Grammar(tuple(tuple((t, (i + 1) % 4) for t in chosen[3 * i : 3 * i + 3]) for i in range(4)))
-    often = tuple((token, 25.0) for token in chosen[:3])  # above all others, so that they repeat
-    laws = (
-        Sampling(temperature=0.0, logit_bias=often, repetition_penalty=1.3),
-        Sampling(temperature=1.5, grammar=ring),
-        Sampling(temperature=0.0, logit_bias=often),
-        Sampling(temperature=1.0, logit_bias=often, presence_penalty=6.0),
-        Sampling(temperature=1.2, logit_bias=often, frequency_penalty=2.0, repetition_penalty=1.2),
-        Sampling(temperature=0.0, logit_bias=often, frequency_penalty=3.0),
-        Sampling(temperature=0.0, logit_bias=often, presence_penalty=3.0),
-    )
-    ends = (9, 8, 9, 10, 9, 10, 11)
-    made = [
-        Request((chosen[i % 3], *row), n, replace(law, seed=31 + i), logprobs=True)
-        for i, (row, n, law) in enumerate(zip(rows, ends, laws, strict=True))
-    ]
-    made[2] = replace(made[2], eos=tuple(chosen[:3]), min_tokens=5)
-    made = [offered(model, request) for request in made]
-    if honours(model, "stop"):
-        # Long, so that whatever happens in the middle of an answer happens in the middle of it
-        (answer,) = alone(model, made[-1:])
-        made[-1] = replace(made[-1], stop=(answer.tokens[3:9],))
-    return made
 
 
 def arrivals(

@@ -199,3 +199,9 @@ def seeds_are_consumed_by_prompts(engine: Any) -> None:
         advance(row, logits)
 
     engine.advance = changed
+
+
+@engine_mutant(engines, "draws_of", stage="seed")
+def seed_0_is_no_seed(engine: Any, draws_of: Method) -> Method:
+    """A seed of 0 is taken for none."""
+    return lambda request: draws_of(request) if request.sampling.seed else engine.draws

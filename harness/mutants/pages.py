@@ -263,3 +263,23 @@ def grammars_start_again_after_preemption(engine: Any) -> None:
 def least_lengths_start_again_after_preemption(engine: Any) -> None:
     """Who comes back has min_tokens before it once more."""
     since_preemption(("min_tokens",))(engine)
+
+
+@engine_patched(stage="preempt")
+def stop_sequences_start_again_after_preemption(engine: Any) -> None:
+    """A stop sequence is not found where its first half was generated before a preemption."""
+    preempt, end = engine.scheduler.preempt, engine.stopper.end
+    began: dict[Any, int] = {}
+
+    def preempted(sequence: Any) -> None:
+        began[id(sequence.request)] = len(sequence.generated)
+        preempt(sequence)
+
+    def ending(request: Any, generated: Sequence[int], since: int = 0) -> Any:
+        first = began.get(id(request), 0)
+        long = replace(
+            request, stop=tuple(stop for stop in request.stop if len(stop) <= len(generated) - first)
+        )
+        return end(long, generated, since)
+
+    engine.scheduler.preempt, engine.stopper.end = preempted, ending

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -212,3 +213,82 @@ def drop_behind_window(engine: Any, sequence: Any) -> None:
     for layer in filter(a.is_window_layer, range(a.n_layers)):
         pool.keys[layer][slots] = 0
         pool.values[layer][slots] = 0
+
+
+@engine_mutant(schedulers, "place", stage="counters")
+def cached_tokens_are_counted_short(scheduler: Any, place: Method) -> Method:
+    """The first page that was found in the cache is not counted."""
+
+    def changed(sequence: Any) -> bool:
+        placed: bool = place(sequence)
+        sequence.cached_tokens = max(sequence.cached_tokens - scheduler.pool.page_size, 0)
+        return placed
+
+    return changed
+
+
+@engine_mutant(schedulers, "place", stage="counters")
+def cached_tokens_are_counted_when_recomputed(_: Any, place: Method) -> Method:
+    """What a preempted request finds of its own answer counts as found of its prompt."""
+
+    def changed(sequence: Any) -> bool:
+        placed: bool = place(sequence)
+        if placed:
+            sequence.cached_tokens = sequence.computed
+        return placed
+
+    return changed
+
+
+@engine_patched(stage="counters")
+def sharing_cannot_be_turned_off(engine: Any) -> None:
+    """Prefixes are shared whatever the limits say."""
+    engine.scheduler.limits = replace(engine.scheduler.limits, prefix_sharing=True)
+
+
+@engine_mutant(pools, "find", stage="prefix")
+def only_first_pages_are_found(_: Any, find: Method) -> Method:
+    """Of a known prefix the first page is used."""
+    return lambda tokens, salt: find(tokens, salt)[:1]
+
+
+@engine_mutant(pools, "evict", stage="prefix")
+def latest_prefixes_are_given_up(pool: Any, evict: Method) -> Method:
+    """A full pool gives up what was used last."""
+
+    def changed() -> None:
+        if pool.cached:
+            pool.cached.move_to_end(next(reversed(pool.cached)), last=False)
+        evict()
+
+    return changed
+
+
+@engine_mutant(pools, "release", stage="prefix")
+def beginnings_are_given_up_first(_: Any, release: Method) -> Method:
+    """Of a prefix the first page is evicted first, without which the others are never found."""
+    return lambda pages: release(list(reversed(pages)))
+
+
+@engine_mutant(pools, "find", stage="prefix")
+def without_a_salt_all_are_found(pool: Any, find: Method) -> Method:
+    """A request without a salt finds the prefixes of every tenant."""
+
+    def changed(tokens: Sequence[int], salt: str) -> Any:
+        salts = [salt] if salt else ["", *(known for known, _ in pool.shared)]
+        return max((find(tokens, one) for one in salts), key=len)
+
+    return changed
+
+
+@engine_mutant(schedulers, "publish", stage="prefix")
+def salts_are_those_of_the_batch(scheduler: Any, publish: Method) -> Method:
+    """What a batch computes is shared under the salt of its last request."""
+
+    def changed(sequence: Any, since: int) -> None:
+        own, running = sequence.request, scheduler.running
+        sequence.request = replace(own, salt=running[-1].request.salt if running else own.salt)
+        publish(sequence, since)
+        sequence.request = own
+
+    return changed

@@ -202,3 +202,26 @@ def slots_are_lent_twice(engine: Any, record: Method) -> Method:
             engine.timeline[-1] = replace(last, running=(*last.running, last.running[0]))
 
     return changed
+
+
+@engine_mutant(engines, "record", stage="counters")
+def queues_are_not_shown(engine: Any, record: Method) -> Method:
+    """The timeline says that nobody waits."""
+
+    def changed(rows: Any) -> None:
+        record(rows)
+        engine.timeline[-1] = replace(engine.timeline[-1], waiting=0)
+
+    return changed
+
+
+@engine_mutant(schedulers, "preempt", stage="counters")
+def preemptions_are_counted_by_page(_: Any, preempt: Method) -> Method:
+    """Who loses its pages counts a preemption for each of them."""
+
+    def changed(sequence: Any) -> None:
+        lost = len(sequence.pages)
+        preempt(sequence)
+        sequence.preemptions += max(lost - 1, 0)
+
+    return changed

@@ -270,3 +270,51 @@ def log_probabilities_only_if_all_ask(engine: Any, leave: Method) -> Method:
             sequence.completion = replace(sequence.completion, logprobs=None)
 
     return changed
+
+
+def penalised_from(engine: Any, first: Callable[[Any], int]) -> None:
+    """Repetition penalties see a request's tokens from the `first(sequence)`-th on."""
+    penalty, decide = engine.sampler.repetition_penalty, engine.decide
+    deciding: list[Any] = []
+
+    def changed(sequence: Any, *rest: Any) -> None:
+        deciding[:] = [sequence]
+        decide(sequence, *rest)
+
+    engine.decide = changed
+    engine.sampler.repetition_penalty = lambda z, law, seen: penalty(z, law, seen[first(deciding[0]) :])
+
+
+@engine_patched(stage="isolation")
+def cached_tokens_are_not_penalised(engine: Any) -> None:
+    """Penalties do not know the part of a prompt that was found in the cache."""
+    penalised_from(engine, lambda sequence: int(sequence.cached_tokens))
+
+
+@engine_patched(stage="isolation")
+def only_last_chunks_are_penalised(engine: Any) -> None:
+    """Penalties know of a prompt what its last chunk held."""
+    advance, starts = engine.advance, dict[Any, int]()
+
+    def changed(row: Any, logits: Any) -> None:
+        sequence = row.work.sequence
+        if not sequence.generated:
+            starts[sequence] = sequence.computed - len(row.tokens)
+        advance(row, logits)
+
+    engine.advance = changed
+    penalised_from(engine, lambda sequence: starts.get(sequence, 0))
+
+
+@engine_patched(stage="isolation")
+def stop_sequences_go_on_from_former_requests(engine: Any) -> None:
+    """What a request ended with is still in the text in which the next one's stop sequences are looked for."""
+    leave, ends_with = engine.scheduler.leave, engine.stopper.ends_with
+    former: list[int] = []
+
+    def leaving(sequence: Any) -> None:
+        leave(sequence)
+        former[:] = sequence.generated[-4:]
+
+    engine.scheduler.leave = leaving
+    engine.stopper.ends_with = lambda generated, stop: ends_with([*former, *generated], stop)

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from harness.mutants.defect import Method, engine_mutant, engine_patched
-from harness.mutants.parts import engines, schedulers
+from harness.mutants.parts import engines, schedulers, stoppers, verifiers
+from harness.reference.engine.draws import Draws
 from harness.reference.engine.proposers import PromptLookup
 from harness.reference.trace import Cache
 
@@ -128,5 +129,118 @@ def faults_of_drafts_are_fatal(engine: Any, prepare: Method) -> Method:
         if row is None or (engine.proposer is not None and work.sequence.cancel_after is not None):
             raise RuntimeError("there is nobody to draft for")
         return row
+
+    return changed
+
+
+@engine_patched(stage="seed")
+def drafts_are_drawn_without_the_seed(engine: Any) -> None:
+    """A draft model draws from the engine's own generator, whatever the request's seed is."""
+    if engine.proposer is None:
+        return
+    propose = engine.proposer.propose
+    engine.proposer.propose = lambda sequence, count, _: propose(sequence, count, engine.draws)
+
+
+@engine_mutant(verifiers, "verify", stage="seed")
+def last_tokens_of_windows_are_drawn_without_the_seed(verifier: Any, verify: Method) -> Method:
+    """The token after a window that stands is drawn from a generator of the verifier."""
+    bonus = Draws()
+
+    def changed(proposal: Any, targets: Tensor, draws: Any) -> Any:
+        tokens, accepted = verify(proposal, targets, draws)
+        if 0 < accepted == len(proposal.tokens) < len(tokens):
+            tokens = (*proposal.tokens, bonus.choose(verifier.bonus(proposal, targets)))
+        return tokens, accepted
+
+    return changed
+
+
+@engine_patched(stage="seed")
+def a_batch_is_verified_by_its_first_seed(engine: Any) -> None:
+    """Which drafts stand is drawn from the generator of the oldest request that runs."""
+    accepts = engine.verifier.accepts
+
+    def changed(token: int, p: Tensor, q: Tensor, draws: Any) -> Any:
+        running = engine.scheduler.running
+        return accepts(token, p, q, running[0].draws if running else draws)
+
+    engine.verifier.accepts = changed
+
+
+@engine_mutant(schedulers, "share_out", stage="seed")
+def windows_are_cut_to_the_budget(scheduler: Any, share_out: Method) -> Method:
+    """A window for which a pass has no room is cut short, so that others decide what a seed draws."""
+    window, left = scheduler.window, [0]
+
+    def cut(sequence: Any) -> int:
+        known = sequence.length - sequence.computed
+        drafts = max(0, min(window(sequence), left[0] - known))
+        left[0] -= known + drafts if known <= left[0] else min(known - 1, left[0])
+        return drafts
+
+    def changed(budget: int) -> Any:
+        scheduler.window, left[0] = cut, budget
+        try:
+            return share_out(budget)
+        finally:
+            scheduler.window = window
+
+    return changed
+
+
+@engine_patched(stage="seed")
+def windows_shrink_after_preemption(engine: Any) -> None:
+    """Who was preempted has one token drafted at most."""
+    scheduler, window = engine.scheduler, engine.scheduler.window
+
+    def changed(sequence: Any) -> int:
+        drafts: int = window(sequence)
+        return min(drafts, 1) if sequence.preemptions else drafts
+
+    engine.window = scheduler.window = changed
+
+
+@engine_patched(stage="isolation")
+def penalties_lag_behind_in_windows(engine: Any) -> None:
+    """In a batch the tokens of a window are penalised as if none before them were in it."""
+    targets = engine.verifier.targets
+
+    def changed(logits: Tensor, request: Any, generated: Any, tokens: Any, sampler: Any) -> Any:
+        before = sampler.frequency_penalty, sampler.presence_penalty
+        if len(engine.scheduler.running) > 1:
+            count = len(generated)
+            sampler.frequency_penalty = lambda z, law, seen: before[0](z, law, seen[:count])
+            sampler.presence_penalty = lambda z, law, seen: before[1](z, law, seen[:count])
+        try:
+            return targets(logits, request, generated, tokens, sampler)
+        finally:
+            sampler.frequency_penalty, sampler.presence_penalty = before
+
+    engine.verifier.targets = changed
+
+
+@engine_patched(stage="isolation", origin="vllm#9423")
+def grammars_stand_still_in_windows(engine: Any) -> None:
+    """In a batch every token of a window is judged by the state of its grammar before the window."""
+    targets, allowed = engine.verifier.targets, engine.sampler.allowed
+
+    def changed(logits: Tensor, request: Any, generated: Any, *rest: Any) -> Any:
+        if len(engine.scheduler.running) > 1:
+            engine.sampler.allowed = lambda grammar, seen: allowed(grammar, seen[: len(generated)])
+        try:
+            return targets(logits, request, generated, *rest)
+        finally:
+            engine.sampler.allowed = allowed
+
+    engine.verifier.targets = changed
+
+
+@engine_mutant(stoppers, "end", stage="isolation")
+def ends_inside_of_windows_are_missed(_: Any, end: Method) -> Method:
+    """Of the tokens that a window gave only the last two are looked at for an end."""
+
+    def changed(request: Any, generated: Sequence[int], since: int = 0) -> Any:
+        return end(request, generated, max(since, len(generated) - 1))
 
     return changed

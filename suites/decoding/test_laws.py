@@ -249,10 +249,10 @@ def test_universal(case: Case) -> None:
     "decoding.staged-keeps-the-law",
     clause="decoding.speculation.method",
     needs=("generate", "enumerable", "speculate", "weights"),
-    kills=("every-draft-stands", "residual-is-greedy"),
+    kills=("every-draft-stands",),
 )
 def test_staged(case: Case) -> None:
     """With a draft that is itself speculated, completions have the law of the target."""
-    t = trial(case, 3)
+    t = trial(case, 2)
     methods(case, t.model, "staged")
     t.judge("staged", t.request(3), Speculation("staged", 2, ngram=1))

@@ -23,13 +23,16 @@ from harness.conformance.serving import (
     independent,
     offered,
     prompts,
+    run,
     same_all,
     seeded,
     seeded_too,
     serve,
+    speculations,
+    startable,
 )
 from harness.implementations.protocols import Unsupported
-from harness.reference.engine import Limits, Request
+from harness.reference.engine import Limits, Request, Speculation
 
 ONE = Limits(sequences=1)
 
@@ -118,7 +121,7 @@ def test_sizes_change_nothing(case: Case) -> None:
         Limits(3, page_size=5, chunk=16),
         Limits(8, page_size=32, pages=32),
     )
-    for limits in sizes:
+    for limits in startable(case, model, sizes):
         found = serve(model, arrivals(model, requests, every=0.5), limits).completions
         same_all(agreement, found, wanted, requests, what=f"in an engine of {limits}", stage="isolation")
     agreement.noted(case)
@@ -230,3 +233,37 @@ def test_equals_the_models_own_forward(case: Case) -> None:
             compared += 1
     case.note("tokens_compared", compared)
     case.note("worst_logprob_difference", worst)
+
+
+@conformance(
+    "serving.the-context-may-be-filled",
+    clause="serving.batching",
+    needs=("serve", "limits"),
+    kills=(),
+    applies=independent,
+)
+def test_the_context_may_be_filled(case: Case) -> None:
+    """Requests that fill the context to its last token, at once, in chunks or from a cache, are whole."""
+    model = engine(case)
+    positions = case.shape.max_positions
+    lengths = (positions - 1, positions - 7, 5, positions - 2, positions - 6)
+    requests = greedy(case, model, lengths, (9, 9, 12, 2, 6))
+    wanted, agreement = alone(model, requests, Limits(1, 8, chunk=2 * positions)), Agreement(exact(model))
+    size = Limits(4, 8, 4 * positions // 8, positions // 2)
+    ways: list[Speculation | None] = [None]
+    if "speculate" in model.capabilities:
+        ways += speculations(case, model)
+    for speculation in ways:
+        session = model.start(size, speculation=speculation)
+        for what in ("at once", "once more"):
+            found = run(session, arrivals(model, requests)).completions
+            same_all(agreement, found, wanted, requests, what=f"in a full context, {what}", stage="pages")
+            for answer, request in zip(found, requests, strict=True):
+                have, most = len(answer.tokens), min(request.max_tokens, positions - len(request.prompt))
+                require(
+                    have == most,
+                    f"after {len(request.prompt)} of {positions} tokens {have} were generated, not {most}",
+                    stage="pages",
+                )
+        session.close()
+    agreement.noted(case)

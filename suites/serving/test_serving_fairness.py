@@ -22,6 +22,7 @@ from harness.conformance.serving import (
     run,
     serve,
     speculations,
+    startable,
     timeline,
 )
 from harness.reference.engine import Arrival, Completion, Iteration, Limits, Request
@@ -275,7 +276,8 @@ def test_tokens_are_fed_once(case: Case) -> None:
     """No iteration exceeds slots, pages or budget, and without preemption each token is fed once."""
     model = engine(case)
     requests = greedy(case, model, (6, 15, 7, 4, 9), (3, 9, 2, 6, 5))
-    for limits in (Limits(3, 4, 64, 7), Limits(5, 1, 99, 64), Limits(2, 4, 32, 5), Limits(4, 3, 9, 8)):
+    sizes = (Limits(3, 4, 64, 7), Limits(5, 1, 99, 64), Limits(2, 4, 32, 5), Limits(4, 3, 9, 8))
+    for limits in startable(case, model, sizes):
         session = model.start(limits, speculation=None)
         served = run(session, arrivals(model, requests, every=1.0), stage="schedule")
         session.close()

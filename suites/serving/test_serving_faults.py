@@ -22,8 +22,10 @@ from harness.conformance.serving import (
     prompts,
     run,
     same_all,
+    serve,
     sized,
     speculations,
+    timeline,
 )
 from harness.reference.engine import Arrival, Completion, Grammar, Limits, Request, Sampling
 
@@ -166,6 +168,44 @@ def left(answer: Completion, whole: Completion, count: int) -> None:
     if answer.finish_reason == "cancelled":
         return
     require(len(have) == len(whole.tokens), f"{what} ends early, and says that it is whole", stage="fault")
+
+
+NOTICED = 3
+"""Iterations after which an engine must have noticed that a client left; it may look but once in a pass."""
+
+
+@conformance(
+    "serving.who-leaves-is-served-no-longer",
+    clause="serving.faults",
+    needs=("serve", "limits"),
+    kills=(),
+    level="SHOULD",
+    applies=independent,
+)
+def test_who_leaves_is_served_no_longer(case: Case) -> None:
+    """Soon after a client left a prompt, an answer, the queue or a full pool, nothing is computed for it."""
+    model = engine(case)
+    requests = greedy(case, model, (5, 40, 9, 4, 7), (30, 9, 24, 20, 24))
+    limits = Limits(sequences=3, page_size=4, pages=64, chunk=6)
+    whole = [Arrival(request) for request in requests]
+    ways = [(limits, i, at) for i, at in ((1, 3.0), (0, 6.0), (3, 4.0))]
+    tight = replace(limits, pages=17)
+    for at, one in enumerate(timeline(serve(model, whole, tight))):
+        ways += [(tight, i, at + 1.0) for i in one.preempted[:1]]
+    for size, i, at in ways[:4]:
+        served = serve(
+            model, [replace(one, cancel_at=at if k == i else None) for k, one in enumerate(whole)], size
+        )
+        late = [k for k, one in enumerate(timeline(served)) if i in one.running and k >= at + NOTICED]
+        what = f"request {i}, whose client left at iteration {at:g}"
+        require(not late, f"{what}, runs in iterations {late}", stage="fault")
+        end = served.completions[i].finish_reason
+        require(end == "cancelled", f"{what}, ends with {end!r}", stage="fault")
+    served = serve(model, [replace(one, cancel_after=5) for one in whole], limits)
+    for answer, request in zip(served.completions, requests, strict=True):
+        many = len(answer.tokens)
+        most = min(5 + NOTICED, request.max_tokens)
+        require(many <= most, f"{many} tokens for a client that left after 5", stage="fault")
 
 
 @conformance(

@@ -19,8 +19,8 @@ from harness.conformance.serving import (
     seeded,
     serve,
     speculations,
-    varied,
 )
+from harness.conformance.varied import varied
 from harness.reference.engine import Completion, Limits, Request
 
 PAGE = 4
@@ -106,6 +106,7 @@ def test_preemption_keeps_the_seed(case: Case) -> None:
         "penalties-forget-what-came-before-preemption",
         "grammars-start-again-after-preemption",
         "least-lengths-start-again-after-preemption",
+        "stop-sequences-start-again-after-preemption",
     ),
     applies=independent,
 )

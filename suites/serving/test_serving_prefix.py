@@ -29,8 +29,8 @@ from harness.conformance.serving import (
     seeded_too,
     sized,
     speculations,
-    varied,
 )
+from harness.conformance.varied import varied
 from harness.reference.engine import Arrival, Completion, Limits, Request
 
 PAGE = 4
@@ -102,12 +102,14 @@ def test_a_hit_equals_a_miss(case: Case) -> None:
     "serving.hits-and-chunks-keep-the-settings",
     clause="serving.settings",
     needs=("serve", "limits"),
-    kills=(),
+    kills=(
+        "cached-tokens-are-not-penalised",
+        "only-last-chunks-are-penalised",
+    ),
     applies=independent,
 )
 def test_hits_and_chunks_keep_the_settings(case: Case) -> None:
-    """Penalties, biases, grammars and least lengths count all of a prompt and nothing else, though it came in
-    chunks, or most of it from the cache."""
+    """Penalties, biases, grammars and ends count all of a prompt that came in chunks or from the cache."""
     model = engine(case)
     requests = varied(case, model, (7, 5, 9, 12, 8, 10, 6))
     wanted, agreement = alone(model, requests, APART), Agreement(exact(model))
@@ -159,6 +161,8 @@ def test_asked_again_answers_the_same(case: Case) -> None:
         "adapters-share-prefixes",
         "salts-are-cut-short",
         "salts-ignore-case-and-blanks",
+        "without-a-salt-all-are-found",
+        "salts-are-those-of-the-batch",
     ),
     applies=independent,
 )

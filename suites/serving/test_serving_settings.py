@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from harness.conformance.serving import (
     prompts,
     run,
     serve,
+    sized,
 )
 from harness.implementations.protocols import Unsupported
 from harness.reference.engine import Completion, Grammar, Limits, Request, Sampling
@@ -148,6 +150,7 @@ def test_penalties_stay_with_their_requests(case: Case) -> None:
         "lengths-are-those-of-the-shortest",
         "least-lengths-are-for-all",
         "log-probabilities-only-if-all-ask",
+        "stop-sequences-go-on-from-former-requests",
     ),
     applies=independent,
 )
@@ -171,6 +174,14 @@ def test_ends_stay_with_their_requests(case: Case) -> None:
         Request(rows[5], 9, GREEDY, stop=((*third[5],), drafts[3][2:4]), logprobs=True),
     ]
     wanted = churn(case, model, requests, stage="isolation")
+    if honours(model, "stop"):
+        # One after another: what one ended with and the next begins with is nobody's stop sequence
+        joint = [(one[-1:] + other[:1],) for one, other in itertools.pairwise(drafts)]
+        later = [plain[0], *(replace(r, stop=s) for r, s in zip(plain[1:], joint, strict=True))]
+        session = model.start(sized(model, Limits(1)), speculation=None)
+        found = [run(session, [request]).completions[0].tokens for request in later]
+        session.close()
+        require(found == drafts, f"after others: {found}, alone {drafts}", stage="isolation")
     ended = [answer.finish_reason for answer in wanted]
     require("stop" in ended, f"no request ends where it was told to: {ended}", stage="isolation")
 
@@ -259,6 +270,7 @@ def test_duplicates_without_a_seed_are_independent(case: Case) -> None:
         "equal-seeds-share-a-generator",
         "seeds-are-forgotten",
         "seeds-depend-on-the-order",
+        "seed-0-is-no-seed",
     ),
     applies=independent,
 )

@@ -7,6 +7,7 @@ a deadline, because it does not answer what was cancelled or what it lost.
 
 from __future__ import annotations
 
+import gc
 import math
 import threading
 import time
@@ -157,7 +158,12 @@ class ContinuousSession:
 
     def close(self) -> None:
         """Stop the thread; at once, for a thread that hangs does not end by itself."""
-        self.manager.stop(block=True, timeout=5, hard_stop=True)
+        self.feed = self.manager._wake_up_loop.set  # noqa: SLF001  # an idle loop looks up ten times a second
+        gc.freeze()  # `stop` collects garbage: in a process with so much in it that takes longer than serving
+        try:
+            self.manager.stop(block=True, timeout=5, hard_stop=True)
+        finally:
+            gc.unfreeze()
 
     def _add(self, name: str, arrival: Arrival) -> None:
         request, sampling = arrival.request, arrival.request.sampling

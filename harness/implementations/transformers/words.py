@@ -21,10 +21,12 @@ PROBE = "abcdef"
 
 
 def tokenizer(meanings: Iterable[int], *, probe: str = "") -> Any:
-    """A tokenizer whose id j is the character of token meanings[j]; the letters of `probe` follow."""
+    """A tokenizer whose id j is the character of token meanings[j], or of none where that is negative; the letters
+    of `probe` follow."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    vocabulary = {text((meaning,)): j for j, meaning in enumerate(meanings)}
+    known = (meaning if meaning >= 0 else -1 - j for j, meaning in enumerate(meanings))
+    vocabulary = {text((meaning,)): j for j, meaning in enumerate(known)}
     vocabulary |= {letter: len(vocabulary) + j for j, letter in enumerate(probe)}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token=next(iter(vocabulary))))
     # A blank is no token at all: transformers takes what it becomes for the vocabulary's sign of a space.
