@@ -205,3 +205,27 @@ def seeds_are_consumed_by_prompts(engine: Any) -> None:
 def seed_0_is_no_seed(engine: Any, draws_of: Method) -> Method:
     """A seed of 0 is taken for none."""
     return lambda request: draws_of(request) if request.sampling.seed else engine.draws
+
+
+@engine_mutant(engines, "forward", stage="pages", applies=rotates)
+def positions_end_before_the_context(engine: Any, forward: Method) -> Method:
+    """A table of positions is four too short, and all tokens beyond stand at its end."""
+    last = engine.model.architecture.max_positions - 5
+
+    def changed(tokens: Tensor, past: Cache, real: Tensor, positions: Tensor) -> Any:
+        return forward(tokens, past, real, positions.clamp(max=last))
+
+    return changed
+
+
+@engine_mutant(engines, "add", stage="pages")
+def the_last_place_is_lost_in_company(engine: Any, add: Method) -> Method:
+    """A request that comes while others run may not use the last place of the context."""
+
+    def changed(request: Any, **rest: Any) -> Any:
+        most = engine.model.architecture.max_positions - 1 - len(request.prompt)
+        if engine.scheduler.running and 0 < most < request.max_tokens:
+            return add(replace(request, max_tokens=most), **rest)
+        return add(request, **rest)
+
+    return changed

@@ -223,3 +223,41 @@ def who_leaves_the_queue_ends_the_queue(scheduler: Any, leave: Method) -> Method
         leave(sequence)
 
     return changed
+
+
+@engine_mutant(engines, "run", stage="fault")
+def who_left_is_served_to_the_end(_: Any, run: Method) -> Method:
+    """Nobody looks whether a client is still there."""
+    return lambda arrivals: run([replace(one, cancel_at=None, cancel_after=None) for one in arrivals])
+
+
+@engine_patched(stage="fault")
+def who_left_a_prompt_is_noticed_after_it(engine: Any) -> None:
+    """A client that leaves while its prompt is computed is noticed when that is done."""
+    cancel, advance = engine.cancel, engine.advance
+    gone: set[Any] = set()
+
+    def cancelling(sequence: Any) -> None:
+        if sequence.computed and not sequence.generated:
+            gone.add(sequence)
+        else:
+            cancel(sequence)
+
+    def changed(row: Any, logits: Tensor) -> None:
+        advance(row, logits)
+        sequence = row.work.sequence
+        if sequence in gone and sequence.generated and sequence.completion is None:
+            cancel(sequence)
+
+    engine.cancel, engine.advance = cancelling, changed
+
+
+@engine_mutant(engines, "cancel", stage="fault")
+def who_left_comes_back_from_preemption(engine: Any, cancel: Method) -> Method:
+    """A client that leaves while its request waits for pages is not found, and served on."""
+
+    def changed(sequence: Any) -> None:
+        if not (sequence.preemptions and sequence in engine.scheduler.waiting):
+            cancel(sequence)
+
+    return changed

@@ -283,3 +283,14 @@ def stop_sequences_start_again_after_preemption(engine: Any) -> None:
         return end(long, generated, since)
 
     engine.scheduler.preempt, engine.stopper.end = preempted, ending
+
+
+@engine_mutant(schedulers, "preempt", stage="prefix")
+def preemption_drops_the_salt(_: Any, preempt: Method) -> Method:
+    """What a preempted request computes anew is shared with everybody."""
+
+    def changed(sequence: Any) -> None:
+        preempt(sequence)
+        sequence.request = replace(sequence.request, salt="")
+
+    return changed

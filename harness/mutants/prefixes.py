@@ -292,3 +292,16 @@ def salts_are_those_of_the_batch(scheduler: Any, publish: Method) -> Method:
         sequence.request = own
 
     return changed
+
+
+@engine_mutant(schedulers, "publish", stage="prefix")
+def last_tokens_are_shared_before_they_are_fed(scheduler: Any, publish: Method) -> Method:
+    """A page is shared when the last of its tokens is decided, though an answer may end with that."""
+
+    def changed(sequence: Any, since: int) -> None:
+        publish(sequence, since)
+        size, end = scheduler.pool.page_size, sequence.length
+        if end % size == 0 and end // size <= len(sequence.pages):
+            scheduler.pool.publish(sequence.pages[end // size - 1], sequence.tokens, sequence.request.salt)
+
+    return changed

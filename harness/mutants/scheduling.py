@@ -225,3 +225,17 @@ def preemptions_are_counted_by_page(_: Any, preempt: Method) -> Method:
         sequence.preemptions += max(lost - 1, 0)
 
     return changed
+
+
+@engine_mutant(schedulers, "grow", stage="preempt")
+def the_oldest_is_preempted(scheduler: Any, grow: Method) -> Method:
+    """Where pages are lacking, the oldest request loses its own, up to three times."""
+
+    def changed(sequence: Any) -> None:
+        oldest, pool = scheduler.running[0], scheduler.pool
+        missing = pool.needed(scheduler.extent(sequence)) - len(sequence.pages)
+        if missing > pool.available and oldest is not sequence and oldest.preemptions < 3:
+            scheduler.preempt(oldest)
+        grow(sequence)
+
+    return changed

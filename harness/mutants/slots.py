@@ -308,7 +308,7 @@ def only_last_chunks_are_penalised(engine: Any) -> None:
 
 @engine_patched(stage="isolation")
 def stop_sequences_go_on_from_former_requests(engine: Any) -> None:
-    """What a request ended with is still in the text in which the next one's stop sequences are looked for."""
+    """Stop sequences are looked for in what the former request ended with and the answer after it."""
     leave, ends_with = engine.scheduler.leave, engine.stopper.ends_with
     former: list[int] = []
 

@@ -244,3 +244,40 @@ def ends_inside_of_windows_are_missed(_: Any, end: Method) -> Method:
         return end(request, generated, max(since, len(generated) - 1))
 
     return changed
+
+
+@engine_mutant(schedulers, "preempt", stage="acceptance")
+def drafts_are_counted_anew_after_preemption(_: Any, preempt: Method) -> Method:
+    """Who is preempted loses the counts of its rounds and drafts."""
+
+    def changed(sequence: Any) -> None:
+        preempt(sequence)
+        sequence.drafted = sequence.accepted = sequence.rounds = 0
+
+    return changed
+
+
+@engine_mutant(engines, "advance", stage="acceptance")
+def recomputed_chunks_count_as_rounds(_: Any, advance: Method) -> Method:
+    """After a preemption each chunk counts as a round, though it decides nothing."""
+
+    def changed(row: Any, logits: Tensor) -> None:
+        sequence = row.work.sequence
+        sequence.rounds += bool(sequence.preemptions and sequence.computed < sequence.length)
+        advance(row, logits)
+
+    return changed
+
+
+@engine_mutant(engines, "decide", stage="pages")
+def drafts_end_the_context_early(engine: Any, decide: Method) -> Method:
+    """An answer ends where a whole window no longer fits into the context."""
+
+    def changed(sequence: Any, *rest: Any) -> None:
+        decide(sequence, *rest)
+        ahead = 0 if engine.speculation is None else engine.speculation.length
+        full = sequence.length + ahead >= engine.model.architecture.max_positions
+        if ahead and full and sequence.completion is None:
+            sequence.complete("length")
+
+    return changed

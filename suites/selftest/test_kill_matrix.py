@@ -100,9 +100,10 @@ def test_every_claimed_kill_is_real(spec: str, tmp_path: Path) -> None:
     found = run(nodes, mutants, [spec], tmp_path / "run.jsonl")
     records = {(r.slug, r.implementation.removeprefix("mutant:")): r for r in found}
     assert sorted(records) == pairs
-    named = {name for (_, name), record in records.items() if record.stage == CATALOGUE[name].stage}
+    # A wrong rule of acceptance is a wrong law: from outside nobody can tell them apart.
+    named = {name for (_, name), one in records.items() if one.stage in {CATALOGUE[name].stage, "law"}}
     engines = {name for _, name in pairs if CATALOGUE[name].stage in ENGINE_STAGES}
-    assert not engines - named, "no property names the stage at which these are wrong"
+    assert sorted(engines - named) == [], "no property names the stage at which these are wrong"
     for (slug, name), record in records.items():
         what = f"{slug} on {name}: {record.outcome} {record.stage} {record.reason}"
         claimed = (slug, name) in KILLS

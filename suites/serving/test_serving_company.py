@@ -191,6 +191,7 @@ def test_batching_changes_nothing(case: Case) -> None:
         "rope-is-chosen-by-the-longest",
         "cached-keys-keep-their-old-angles",
         "keys-of-batches-are-rounded",
+        "positions-end-before-the-context",
     ),
     applies=independent,
 )
@@ -199,7 +200,7 @@ def test_equals_the_models_own_forward(case: Case) -> None:
     model = engine(case)
     longest = 64 if case.architecture is None else case.architecture.max_positions
     # Across the length at which rope is rescaled where it is, and the edges of windows and pages
-    lengths = [min(n, longest - 12) for n in (3, 7, 8, 60, 64, 17)]
+    lengths = [min(n, longest - 12) for n in (3, 7, 8, 60, 64, 17)] + [longest - 10]
     rows = prompts(case, lengths)
     requests = [offered(model, Request(prompt, 10, GREEDY, logprobs=True)) for prompt in rows]
     bound, compared, worst = ROUNDING[exact(model)], 0, 0.0
@@ -239,7 +240,10 @@ def test_equals_the_models_own_forward(case: Case) -> None:
     "serving.the-context-may-be-filled",
     clause="serving.batching",
     needs=("serve", "limits"),
-    kills=(),
+    kills=(
+        "the-last-place-is-lost-in-company",
+        "drafts-end-the-context-early",
+    ),
     applies=independent,
 )
 def test_the_context_may_be_filled(case: Case) -> None:
@@ -255,8 +259,8 @@ def test_the_context_may_be_filled(case: Case) -> None:
         ways += speculations(case, model)
     for speculation in ways:
         session = model.start(size, speculation=speculation)
-        for what in ("at once", "once more"):
-            found = run(session, arrivals(model, requests)).completions
+        for what, every in (("at once", 0.0), ("once more", 1.0)):
+            found = run(session, arrivals(model, requests, every=every)).completions
             same_all(agreement, found, wanted, requests, what=f"in a full context, {what}", stage="pages")
             for answer, request in zip(found, requests, strict=True):
                 have, most = len(answer.tokens), min(request.max_tokens, positions - len(request.prompt))

@@ -11,7 +11,13 @@ from harness.reference.engine import Limits
     "serving.what-is-counted-adds-up",
     clause="serving.scheduling",
     needs=("serve", "limits"),
-    kills=(),
+    kills=(
+        "queues-are-not-shown",
+        "preemptions-are-counted-by-page",
+        "cached-tokens-are-counted-short",
+        "cached-tokens-are-counted-when-recomputed",
+        "sharing-cannot-be-turned-off",
+    ),
     applies=independent,
 )
 def test_what_is_counted_adds_up(case: Case) -> None:
@@ -56,7 +62,11 @@ def test_what_is_counted_adds_up(case: Case) -> None:
     "serving.what-is-known-is-found",
     clause="serving.prefix_sharing",
     needs=("serve", "limits"),
-    kills=(),
+    kills=(
+        "only-first-pages-are-found",
+        "latest-prefixes-are-given-up",
+        "beginnings-are-given-up-first",
+    ),
     level="SHOULD",
     applies=independent,
 )
@@ -79,3 +89,9 @@ def test_what_is_known_is_found(case: Case) -> None:
     used = [run(session, [requests[i]]).completions[0].cached_tokens for i in (0, 1, 0, 2, 0, 3, 0)]
     session.close()
     require(min(used[2::2]) > 0, f"a prefix in constant use is given up: {used} were found", stage="prefix")
+    # The second takes one page of the first, whose beginning is of use without its end
+    requests = greedy(case, model, (13, 21, 13), (1, 1, 1))
+    session = model.start(Limits(1, size, 8), speculation=None)
+    used = [run(session, [requests[i]]).completions[0].cached_tokens for i in (0, 1, 0)]
+    session.close()
+    require(used[2] > 0, "for one page the beginning of a prefix was given up", stage="prefix")

@@ -226,6 +226,33 @@ def test_the_preempted_come_back_first(case: Case) -> None:
 
 
 @conformance(
+    "serving.the-oldest-keep-their-pages",
+    clause="serving.preemption",
+    needs=("serve", "limits"),
+    kills=("the-oldest-is-preempted",),
+    level="SHOULD",
+    applies=independent,
+)
+def test_the_oldest_keep_their_pages(case: Case) -> None:
+    """Nobody loses its pages while somebody who came later keeps them, so that the oldest always go on."""
+    model = engine(case)
+    requests = greedy(case, model, (6, 5, 7, 4, 6, 5), (10, 9, 8, 11, 7, 9))
+    preempted = 0
+    for pages in (6, 8):
+        limits = Limits(3, 4, pages, 16, prefix_sharing=False)
+        iterations = timeline(serve(model, arrivals(model, requests, every=1.0), limits))
+        for at, one in enumerate(iterations):
+            before = iterations[at - 1].running if at else ()
+            for arrival in one.preempted:
+                younger = [other for other in one.running if other > arrival and other in before]
+                what = f"iteration {at}: {younger} keep their pages while {arrival} loses its own"
+                require(not younger, what, stage="preempt")
+                preempted += 1
+    if not preempted:
+        raise Void("no request was ever preempted")
+
+
+@conformance(
     "serving.no-slot-idles-while-somebody-waits",
     clause="serving.scheduling",
     needs=("serve", "limits"),

@@ -178,7 +178,11 @@ NOTICED = 3
     "serving.who-leaves-is-served-no-longer",
     clause="serving.faults",
     needs=("serve", "limits"),
-    kills=(),
+    kills=(
+        "who-left-is-served-to-the-end",
+        "who-left-a-prompt-is-noticed-after-it",
+        "who-left-comes-back-from-preemption",
+    ),
     level="SHOULD",
     applies=independent,
 )

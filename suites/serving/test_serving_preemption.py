@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.conformance import Case, Void, conformance
+from harness.conformance import Case, Void, conformance, require
 from harness.conformance.serving import (
+    GREEDY,
     Agreement,
     alone,
     arrivals,
+    ask_for,
     counted,
     engine,
     exact,
     greedy,
     independent,
     narrow,
+    offered,
+    prompts,
+    run,
     same_all,
     seeded,
     serve,
@@ -145,3 +150,27 @@ def test_preemption_and_speculation_change_nothing(case: Case) -> None:
         if not preempted or not drafted:
             raise Void(f"{speculation.method}: {preempted} preemptions and {drafted} drafted tokens")
     agreement.noted(case)
+
+
+@conformance(
+    "serving.preemption-keeps-the-salt",
+    clause="serving.prefix_sharing",
+    needs=("serve", "limits"),
+    kills=("preemption-drops-the-salt",),
+    applies=independent,
+)
+def test_preemption_keeps_the_salt(case: Case) -> None:
+    """What is computed anew after a preemption is found under the salt of its request alone."""
+    model = engine(case)
+    ask_for(model, "salt")
+    (row,) = prompts(case, (5 * PAGE + 1,))
+    salted = [offered(model, Request(row, 8, GREEDY, salt=salt)) for salt in ("one", "two")]
+    plain = [offered(model, Request(row, 1, GREEDY, salt=salt)) for salt in ("", "one", "two")]
+    each = -(-(len(row) + 7) // PAGE)
+    session = model.start(Limits(2, PAGE, 2 * each - 1), speculation=None)
+    lost = counted(run(session, salted).completions, "preemptions")
+    found = [run(session, [request]).completions[0].cached_tokens for request in plain]
+    session.close()
+    if not lost or not any(found):
+        raise Void(f"{lost} requests were preempted; {found} cached tokens were found")
+    require(found[0] == 0, f"without a salt {found[0]} tokens of other salts were found", stage="prefix")

@@ -332,13 +332,14 @@ def test_only_complete_prefixes_are_shared(case: Case) -> None:
         "positions-after-a-hit-start-at-0",
         "positions-after-a-hit-are-one-less",
         "pages-behind-the-window-are-dropped-though-shared",
+        "last-tokens-are-shared-before-they-are-fed",
     ),
     applies=independent,
 )
 def test_a_dialogue_goes_on_from_its_cache(case: Case) -> None:
     """A prompt that continues an earlier prompt and its answer gives what it gives without a cache."""
     model = engine(case)
-    openings, more = greedy(case, model, (6, 9, 12), (7, 6, 9)), prompts(case, (1, 2, 5))
+    openings, more = greedy(case, model, (7, 9, 12), (9, 6, 9)), prompts(case, (1, 2, 5))
     first = alone(model, openings, APART)
     turns = [r.prompt + answer.tokens for r, answer in zip(openings, first, strict=True)]
     rows = [turn[:-1] for turn in turns] + turns + [turn + tail for turn in turns for tail in more[1:]]

@@ -159,6 +159,7 @@ class ContinuousSession:
     def close(self) -> None:
         """Stop the thread; at once, for a thread that hangs does not end by itself."""
         self.feed = self.manager._wake_up_loop.set  # noqa: SLF001  # an idle loop looks up ten times a second
+        self.feed()
         gc.freeze()  # `stop` collects garbage: in a process with so much in it that takes longer than serving
         try:
             self.manager.stop(block=True, timeout=5, hard_stop=True)
