@@ -19,7 +19,7 @@ def varied(case: Case, model: Any, lengths: Sequence[int] = (7, 5, 9, 6, 4, 5, 6
     chosen = list(dict.fromkeys(some))[:12]
     ring = Grammar(tuple(tuple((t, (i + 1) % 4) for t in chosen[3 * i : 3 * i + 3]) for i in range(4)))
     often = tuple((token, 25.0) for token in chosen[:3])  # above all others, so that they repeat
-    laws = (
+    laws: tuple[Sampling, ...] = (
         Sampling(temperature=0.0, logit_bias=often, repetition_penalty=1.3),
         Sampling(temperature=1.5, grammar=ring),
         Sampling(temperature=0.0, logit_bias=often),

@@ -239,3 +239,26 @@ def the_oldest_is_preempted(scheduler: Any, grow: Method) -> Method:
         grow(sequence)
 
     return changed
+
+
+@engine_mutant(schedulers, "share_out", stage="schedule")
+def half_of_the_budget_is_left(scheduler: Any, share_out: Method) -> Method:
+    """Where several requests run, half of the tokens of a pass are kept free."""
+
+    def changed(budget: int) -> Any:
+        running = len(scheduler.running)
+        return share_out(max(running, budget // 2) if running > 1 else budget)
+
+    return changed
+
+
+@engine_mutant(schedulers, "share_out", stage="schedule")
+def one_prompt_starts_per_pass(_: Any, share_out: Method) -> Method:
+    """A pass computes one prompt at most, whatever room is left."""
+
+    def changed(budget: int) -> Any:
+        work = share_out(budget)
+        prompts = [one for one in work if not one.sequence.generated]
+        return [one for one in work if one not in prompts[1:]]
+
+    return changed

@@ -175,7 +175,7 @@ def windows_are_cut_to_the_budget(scheduler: Any, share_out: Method) -> Method:
 
     def cut(sequence: Any) -> int:
         known = sequence.length - sequence.computed
-        drafts = max(0, min(window(sequence), left[0] - known))
+        drafts: int = max(0, min(window(sequence), left[0] - known))
         left[0] -= known + drafts if known <= left[0] else min(known - 1, left[0])
         return drafts
 

@@ -289,6 +289,29 @@ def test_no_slot_idles_while_somebody_waits(case: Case) -> None:
 
 
 @conformance(
+    "serving.budgets-are-used",
+    clause="serving.scheduling",
+    needs=("serve", "limits"),
+    kills=(
+        "half-of-the-budget-is-left",
+        "one-prompt-starts-per-pass",
+    ),
+    level="SHOULD",
+    applies=independent,
+)
+def test_budgets_are_used(case: Case) -> None:
+    """Prompts that have slots are computed in as few iterations as their tokens fill, and one more."""
+    model = engine(case)
+    requests = greedy(case, model, (10,) * 8, (1,) * 8)
+    limits = Limits(8, 4, 64, 32, prefix_sharing=False)
+    served = serve(model, arrivals(model, requests), limits, stage="schedule")
+    whole(served.completions, requests, "at once")
+    took, least = len(timeline(served)), -(-80 // limits.chunk)
+    what = f"{took} iterations for 80 tokens of 8 prompts, {limits.chunk} an iteration"
+    require(took <= least + 1, what, stage="schedule")
+
+
+@conformance(
     "serving.tokens-are-fed-once",
     clause="serving.scheduling",
     needs=("serve", "limits"),

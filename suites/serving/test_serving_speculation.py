@@ -98,7 +98,7 @@ def test_speculation_in_a_tight_budget_changes_nothing(case: Case) -> None:
 def speculated_alike(case: Case, requests: Sequence[Request], *, stage: str) -> None:
     """Speculated in company, in chunks and in full pools, a request gives what it gives speculated alone.
 
-    Void if nothing was drafted, or nobody preempted. A pass always has room for a whole window.
+    Void if nothing was drafted. A pass always has room for a whole window.
     """
     model = engine(case)
     agreement = Agreement(exact(model))
@@ -117,8 +117,9 @@ def speculated_alike(case: Case, requests: Sequence[Request], *, stage: str) -> 
             same_all(agreement, found, wanted, requests, what=where, stage=stage, but="speculated alone")
             preempted += counted(found, "preemptions")
             drafted += counted(found, "drafted")
-        if not preempted or not drafted:
-            raise Void(f"{speculation.method}: {preempted} preemptions and {drafted} drafted tokens")
+        case.note(f"preemptions_{speculation.method}", preempted)
+        if not drafted:
+            raise Void(f"{speculation.method}: nothing was drafted")
     agreement.noted(case)
 
 
