@@ -54,8 +54,8 @@ def windowed(architecture: Architecture | None) -> bool:
 
 
 def engine(case: Case, weights: Mapping[str, Tensor] | None = None) -> Any:
-    """The model under test in float64, or as it is where it keeps its own weights. Its `settings` are those of
-    its sessions, which may honour fewer than `generate`."""
+    """The model under test in float64, or as it is where it keeps its own weights. Its `settings` are those
+    of its sessions, which may honour fewer than `generate`."""
     model = case.model(weights=weights, dtype=torch.float64)
     model.settings = getattr(model, "serve_settings", settings(model))
     return model

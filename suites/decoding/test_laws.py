@@ -16,6 +16,8 @@ from harness.reference.engine import Grammar, Request, Sampling, Speculation
 ONE = Speculation("draft_model", 1)
 IN_TURN = Grammar((((0, 1), (1, 2), (2, 0)), ((1, 0), (3, 1)), ((0, 2), (2, 1), (3, 0))))
 """Three states over four tokens; what may come depends on what came."""
+FREE_AT_LAST = Grammar((((0, 1), (3, 1)), ()))
+"""One of two tokens, then any."""
 
 
 def truncations(t: Trial) -> dict[str, Request]:
@@ -36,14 +38,31 @@ def histories(t: Trial) -> dict[str, Request]:
     }
 
 
+def all_at_once(t: Trial) -> dict[str, Request]:
+    """Settings together, whose order matters."""
+    return {
+        "bias, then penalties, then temperature": t.request(
+            3,
+            Sampling(
+                logit_bias=((0, 1.5), (1, -1.0)),
+                repetition_penalty=1.6,
+                presence_penalty=0.5,
+                frequency_penalty=0.4,
+                temperature=0.6,
+            ),
+        )
+    }
+
+
 def ends(t: Trial) -> dict[str, Request]:
-    """Completions that end before their length. No stop sequence begins in the prompt: that is asked elsewhere."""
+    """Completions that end before their length. No stop sequence begins in the prompt: see test_endings."""
     last = t.pair.prompt[-1]
     first, *_, second = (token for token in range(t.pair.architecture.vocab_size) if token != last)
     return {
         "eos": t.request(3, eos=(2,)),
         "min_tokens": t.request(3, eos=(1, 2), min_tokens=1),
         "stop": t.request(3, stop=((first, last), (second, first), (second, second))),
+        "a stop that begins anew": t.request(3, stop=((second, first),)),
     }
 
 
@@ -70,25 +89,37 @@ def judge_all(t: Trial, requests: dict[str, Request], speculation: Speculation |
         "least-length-counts-the-prompt",
         "least-length-is-one-less",
         "temperature-is-ignored",
+        "biases-come-after-penalties",
+        "presence-comes-after-the-temperature",
+        "repetition-comes-after-presence",
+        "a-broken-match-is-not-begun-anew",
     ),
 )
 def test_plain_sampling(case: Case) -> None:
     """Without speculation, completions have the law that logits and settings prescribe."""
     t = trial(case)
-    judge_all(t, {"plain": t.request(3)} | truncations(t) | histories(t) | ends(t), None)
+    judge_all(t, {"plain": t.request(3)} | truncations(t) | histories(t) | all_at_once(t) | ends(t), None)
 
 
 @conformance(
     "decoding.grammar-is-followed",
     clause="decoding.sampling.grammar",
     needs=("generate", "enumerable", "weights"),
-    kills=("grammar-stands-still-over-drafts",),
+    kills=(
+        "grammar-stands-still-over-drafts",
+        "grammar-forbids-by-a-finite-number",
+        "grammar-begins-anew-at-its-end",
+    ),
 )
 def test_grammar(case: Case) -> None:
     """Under a grammar, completions have the law of the allowed tokens, with speculation and without."""
     t = trial(case)
     requests = {"grammar": t.request(3, Sampling(grammar=IN_TURN))}
-    judge_all(t, requests, None)
+    limits = {
+        "a bias on what is forbidden": t.request(2, Sampling(grammar=IN_TURN, logit_bias=((3, 100.0),))),
+        "free at last": t.request(3, Sampling(grammar=FREE_AT_LAST)),
+    }
+    judge_all(t, requests | limits, None)
     if "draft_model" in getattr(t.model, "methods", ()):
         judge_all(t, {"grammar, drafted": requests["grammar"]}, ONE)
 

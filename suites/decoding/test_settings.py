@@ -18,6 +18,7 @@ from harness.reference.engine import Completion, Grammar, Request, Sampling
 LIMITS = {
     "temperature 1e-5": Sampling(temperature=1e-5),
     "temperature 1e-3": Sampling(temperature=1e-3),
+    "temperature 0.1": Sampling(temperature=0.1),
     "temperature 50": Sampling(temperature=50.0),
     "temperature 0": Sampling(temperature=0.0, top_k=3, top_p=0.9),
     "top_k -1": Sampling(top_k=-1),
@@ -51,6 +52,7 @@ def first_token(t: Trial, limits: dict[str, Sampling], what: str) -> None:
     needs=("generate", "enumerable", "weights"),
     kills=(
         "temperature-divides-in-half-precision",
+        "low-temperatures-are-greedy",
         "top-k-minus-1-counts-from-the-end",
         "top-k-must-not-exceed-the-vocabulary",
         "top-p-is-ignored-near-0",

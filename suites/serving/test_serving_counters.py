@@ -84,13 +84,13 @@ def test_what_is_known_is_found(case: Case) -> None:
     most = [(len(request.prompt) - 1) // size * size for request in requests]
     require(found == most, f"asked again, {found} tokens are found in place of {most}", stage="prefix")
     # Of four prompts that fill three pages each, a pool of eleven keeps two while it serves another
-    requests = greedy(case, model, (13, 13, 13, 13), (1, 1, 1, 1))
+    requests = greedy(case, model, (13, 13, 13, 13), (2, 2, 2, 2))
     session = model.start(Limits(1, size, 11), speculation=None)
     used = [run(session, [requests[i]]).completions[0].cached_tokens for i in (0, 1, 0, 2, 0, 3, 0)]
     session.close()
     require(min(used[2::2]) > 0, f"a prefix in constant use is given up: {used} were found", stage="prefix")
     # The second takes one page of the first, whose beginning is of use without its end
-    requests = greedy(case, model, (13, 21, 13), (1, 1, 1))
+    requests = greedy(case, model, (13, 21, 13), (2, 2, 2))
     session = model.start(Limits(1, size, 8), speculation=None)
     used = [run(session, [requests[i]]).completions[0].cached_tokens for i in (0, 1, 0)]
     session.close()

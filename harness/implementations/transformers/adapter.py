@@ -56,8 +56,8 @@ MOST_PARAMETERS = 10_000_000
 class TransformersImplementation:
     """`transformers:NAME[,experts=...][,attention=...]`.
 
-    attention "auto" is eager in float32. In float64, where eager attention makes NaN of left padding, because its
-    softmax is in float32, it is sdpa if the family has that.
+    attention "auto" is eager in float32. In float64, where eager attention makes NaN of left padding, for
+    its softmax is in float32, it is sdpa if the family has that.
     """
 
     family: str

@@ -1,8 +1,8 @@
 """transformers' continuous batching on one device: paged attention, and its own thread, scheduler and cache.
 
 What one request may say for itself is temperature, top_k, top_p and the tokens that end it; greedy is top_k
-= 1. The rest is refused before anything is served. An answer that does not come is an error: the engine is given
-a deadline, because it does not answer what was cancelled or what it lost.
+= 1. The rest is refused before anything is served. An answer that does not come is an error: the engine has a
+deadline, because it does not answer what was cancelled or what it lost.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ class ContinuousSession:
         watch(self.manager.batch_processor, self.log, self.cached)
 
     def run(self, arrivals: Sequence[Arrival]) -> Served:
-        """Serve them all, each handed in before the iteration of its time. Raises Unsupported for a setting that
-        is not among SETTINGS."""
+        """Serve them all, each handed in before the iteration of its time. Raises Unsupported for a setting
+        that is not among SETTINGS."""
         from harness.implementations.transformers.generation import require_expressible
 
         for arrival in arrivals:
@@ -245,7 +245,7 @@ class _Pass:
 
 
 def watch(processor: Any, log: list[_Pass], cached: dict[str, int]) -> None:
-    """Let a batch processor append each of its passes to `log`, and enter each hit of its cache in `cached`."""
+    """Let a batch processor append each of its passes to `log`, and enter what its cache held in `cached`."""
     search = processor.cache.search_prefix_match
     prepare, offload = processor.prepare_next_batch, processor.offloading_manager.offload_requests
     preempted: list[str] = []

@@ -21,8 +21,8 @@ PROBE = "abcdef"
 
 
 def tokenizer(meanings: Iterable[int], *, probe: str = "") -> Any:
-    """A tokenizer whose id j is the character of token meanings[j], or of none where that is negative; the letters
-    of `probe` follow."""
+    """A tokenizer whose id j is the character of token meanings[j], or of none where that is negative; the
+    letters of `probe` follow."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     known = (meaning if meaning >= 0 else -1 - j for j, meaning in enumerate(meanings))
