@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.mutants.defect import Method, engine_mutant
+from harness.mutants.defect import Method, engine_mutant, engine_patched
 from harness.mutants.parts import verifiers
 from harness.reference.engine.draws import Draws
 from harness.reference.engine.proposal import Proposal
@@ -175,6 +175,25 @@ class OneUniform(Draws):
 def drafts_share_one_uniform(_: Any, verify: Method) -> Method:
     """All drafts of a round are judged by one random number."""
     return lambda proposal, targets, draws: verify(proposal, targets, OneUniform(draws))
+
+
+@engine_patched(stage="law", spec=DENSE)
+def rows_share_their_uniforms(engine: Any) -> None:
+    """The drafts of all requests in a pass are judged by one random number."""
+    verify, step = engine.verifier.verify, engine.step
+    shared: list[OneUniform] = []
+
+    def verified(proposal: Proposal, targets: Tensor, draws: Draws) -> Any:
+        if not proposal.tokens:
+            return verify(proposal, targets, draws)
+        shared[:] = shared or [OneUniform(draws)]
+        return verify(proposal, targets, shared[0])
+
+    def stepped() -> None:
+        shared.clear()
+        step()
+
+    engine.verifier.verify, engine.step = verified, stepped
 
 
 @engine_mutant(verifiers, "verify", stage="law", origin="vllm-ascend#7807", spec=DENSE)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from harness.mutants.acceptance import DENSE
-from harness.mutants.defect import Method, engine_mutant
-from harness.mutants.parts import drafters, readers, translators, verifiers
-from harness.reference.engine.drafting import Remembered, cut
+from harness.mutants.defect import Method, engine_mutant, engine_patched
+from harness.mutants.parts import drafters, lookups, readers, translators, verifiers
+from harness.reference.engine.drafting import FirstLayers, Remembered, cut
+from harness.reference.engine.draws import Draws
 
 
 @engine_mutant(drafters, "choose", stage="law", origin="transformers#30778", spec=DENSE)
@@ -165,3 +166,56 @@ def presence_overlooks_drafts(_: Any, targets: Method) -> Method:
 def least_length_overlooks_drafts(_: Any, targets: Method) -> Method:
     """Whether min_tokens is reached is told by the tokens before the round."""
     return blind(targets, "min_tokens")
+
+
+@engine_mutant(drafters, "propose", stage="seed", spec=DENSE)
+def drafts_draw_from_a_copy(_: Any, propose: Method) -> Method:
+    """Drafts are drawn by a copy of the generator that goes on to judge them with the same numbers."""
+
+    def copied(sequence: Any, count: int, draws: Draws) -> Any:
+        return propose(sequence, count, Draws(draws.generator.clone_state()))
+
+    return copied
+
+
+@engine_patched(stage="seed", spec=DENSE)
+def seeded_requests_start_anew_each_round(engine: Any) -> None:
+    """The generator of a request with a seed is seeded again in every round."""
+    decide = engine.decide
+
+    def seeded(sequence: Any, *rest: Any) -> None:
+        if sequence.request.sampling.seed is not None:
+            sequence.draws.generator.manual_seed(sequence.request.sampling.seed)
+        decide(sequence, *rest)
+
+    engine.decide = seeded
+
+
+@engine_mutant(readers, "read", stage="acceptance", spec=DENSE)
+def early_exit_skips_the_final_norm(reader: Any, read: Method) -> Method:
+    """The first layers are read by the unembedding without the norm before it."""
+    if not isinstance(reader.model, FirstLayers):
+        return read
+    norm: Any = reader.model.model.final_norm
+
+    def bare(*given: Any, **more: Any) -> Any:
+        norm.forward = lambda x, *_: x
+        try:
+            return read(*given, **more)
+        finally:
+            del norm.forward
+
+    return bare
+
+
+@engine_mutant(lookups, "following", stage="acceptance", spec=DENSE)
+def lookup_goes_by_the_last_token(lookup: Any, following: Method) -> Method:
+    """n-grams of one token alone are looked for."""
+    lookup.ngram = 1
+    return following
+
+
+@engine_mutant(lookups, "following", stage="acceptance", spec=DENSE)
+def lookup_finds_itself(_: Any, following: Method) -> Method:
+    """What is proposed begins with the last token of the n-gram that was found."""
+    return lambda tokens, count: (tokens[-1], *following(tokens, count))[:count] if count else ()

@@ -76,6 +76,14 @@ def only_the_first_end_token_ends(_: Any, stopped: Method) -> Method:
     return lambda request, generated: stopped(replace(request, eos=request.eos[:1]), generated)
 
 
+@engine_mutant(stoppers, "stopped", stage="stop", spec=DENSE)
+def an_end_token_in_the_prompt_ends(_: Any, stopped: Method) -> Method:
+    """A prompt that ends in an end token is complete."""
+    return lambda request, generated: (
+        stopped(request, generated) if generated or request.prompt[-1] not in request.eos else 0
+    )
+
+
 @engine_mutant(stoppers, "stopped", stage="settings", origin="transformers serve 5.23.0", spec=DENSE)
 def stop_sequences_are_ignored(_: Any, stopped: Method) -> Method:
     """stop is accepted and has no effect."""
@@ -86,6 +94,19 @@ def stop_sequences_are_ignored(_: Any, stopped: Method) -> Method:
 def stop_sequences_match_by_their_last_token(_: Any, __: Method) -> Method:
     """A stop sequence is taken to be found where its last token is."""
     return lambda generated, stop: len(generated) >= len(stop) and generated[-1] == stop[-1]
+
+
+@engine_mutant(stoppers, "ends_with", stage="stop", spec=DENSE)
+def a_broken_match_is_not_begun_anew(_: Any, __: Method) -> Method:
+    """The token at which a match of a stop sequence breaks off is not taken for the start of another."""
+
+    def matched(generated: Any, stop: Any) -> bool:
+        have = 0
+        for token in generated:
+            have = have % len(stop) + 1 if token == stop[have % len(stop)] else 0
+        return have == len(stop)
+
+    return matched
 
 
 @engine_mutant(stoppers, "full", stage="stop", spec=DENSE)
@@ -154,6 +175,16 @@ def drafted_counts_what_was_asked(engine: Any) -> None:
 
 
 @engine_patched(stage="counters", spec=DENSE)
+def drafted_ends_at_the_rejection(engine: Any) -> None:
+    """Drafts after the first that is rejected are not counted."""
+
+    def change(sequence: Any, proposal: Any, _: Tensor, __: int, accepted: int) -> None:
+        sequence.drafted -= max(0, len(proposal.tokens) - accepted - 1)
+
+    in_a_round(engine, change)
+
+
+@engine_patched(stage="counters", spec=DENSE)
 def rounds_count_tokens(engine: Any) -> None:
     """A round is counted for each token, not for each pass of the target."""
 
@@ -208,6 +239,52 @@ def log_probabilities_follow_the_temperature(engine: Any) -> None:
             sequence.logprobs[before:] = log_probabilities(logits[: len(fresh)] / heat, fresh)
 
     in_a_round(engine, change)
+
+
+@engine_patched(stage="logprobs", spec=DENSE)
+def log_probabilities_follow_the_penalty(engine: Any) -> None:
+    """Log probabilities are taken after the repetition penalty, not of the model's own logits."""
+
+    def change(sequence: Any, _: Any, logits: Tensor, before: int, __: int) -> None:
+        request = sequence.request
+        for i, token in enumerate(sequence.generated[before:]):
+            text = (*request.prompt, *sequence.generated[: before + i])
+            z = engine.sampler.repetition_penalty(logits[i].double(), request.sampling, text)
+            sequence.logprobs[before + i] = log_probabilities(z[None], [token])[0]
+
+    in_a_round(engine, change)
+
+
+@engine_patched(stage="logprobs", spec=DENSE)
+def log_probabilities_follow_the_grammar(engine: Any) -> None:
+    """Log probabilities are those among the tokens that the grammar allows."""
+
+    def change(sequence: Any, _: Any, logits: Tensor, before: int, __: int) -> None:
+        for i, token in enumerate(sequence.generated[before:]):
+            text = sequence.generated[: before + i]
+            z = engine.sampler.grammar(logits[i].double(), sequence.request.sampling, text)
+            sequence.logprobs[before + i] = log_probabilities(z[None], [token])[0]
+
+    in_a_round(engine, change)
+
+
+@engine_mutant(engines, "add", stage="logprobs", spec=DENSE)
+def log_probabilities_are_told_of_the_end(_: Any, add: Method) -> Method:
+    """The end token, which is no part of the completion, has a log probability too."""
+
+    def added(*given: Any, **more: Any) -> Any:
+        sequence = add(*given, **more)
+        complete = sequence.complete
+
+        def completed(*given: Any, **more: Any) -> None:
+            complete(*given, **more)
+            if sequence.completion.logprobs is not None:
+                sequence.completion = replace(sequence.completion, logprobs=tuple(sequence.logprobs))
+
+        sequence.complete = completed
+        return sequence
+
+    return added
 
 
 @engine_mutant(schedulers, "rollback", stage="rollback", origin="vllm#47728", spec=DENSE)

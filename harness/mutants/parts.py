@@ -51,3 +51,8 @@ def translators(engine: Any) -> Iterable[Any]:
     """Between the token ids of a draft and the target's, where they differ."""
     reader = getattr(engine.proposer, "reader", None)
     return [reader] if hasattr(reader, "translate") else []
+
+
+def lookups(engine: Any) -> Iterable[Any]:
+    """Its prompt lookup, where it proposes by that alone."""
+    return [engine.proposer] if hasattr(engine.proposer, "following") else []

@@ -6,13 +6,14 @@ Letters: V vocabulary; z logits [V].
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from harness.mutants.acceptance import DENSE
-from harness.mutants.defect import Method, engine_mutant
+from harness.mutants.defect import Method, engine_mutant, engine_patched
 from harness.mutants.parts import samplers
 
 
@@ -231,3 +232,94 @@ def least_length_counts_the_prompt(_: Any, least: Method) -> Method:
 def least_length_is_one_less(_: Any, least: Method) -> Method:
     """The end may come one token before min_tokens."""
     return lambda z, request, generated: least(z, request, (*generated, 0))
+
+
+@engine_patched(stage="law", spec=DENSE)
+def biases_come_after_penalties(engine: Any) -> None:
+    """Biases are added to logits that were penalised before."""
+    sampler = engine.sampler
+    logit_bias, frequency = sampler.logit_bias, sampler.frequency_penalty
+    sampler.logit_bias = lambda z, _sampling: z
+    sampler.frequency_penalty = lambda z, sampling, seen: logit_bias(frequency(z, sampling, seen), sampling)
+
+
+@engine_patched(stage="law", spec=DENSE)
+def presence_comes_after_the_temperature(engine: Any) -> None:
+    """The presence penalty is subtracted from logits that were divided by the temperature."""
+    sampler, generated = engine.sampler, list[Any]()
+    presence, temperature = sampler.presence_penalty, sampler.temperature
+
+    def later(z: Tensor, _: Any, seen: Any) -> Tensor:
+        generated[:] = [seen]
+        return z
+
+    sampler.presence_penalty = later
+    sampler.temperature = lambda z, sampling: presence(temperature(z, sampling), sampling, generated[0])
+
+
+@engine_patched(stage="law", spec=DENSE)
+def repetition_comes_after_presence(engine: Any) -> None:
+    """The repetition penalty scales logits from which the others were subtracted."""
+    sampler, text = engine.sampler, list[Any]()
+    repetition, frequency = sampler.repetition_penalty, sampler.frequency_penalty
+
+    def later(z: Tensor, _: Any, seen: Any) -> Tensor:
+        text[:] = [seen]
+        return z
+
+    sampler.repetition_penalty = later
+    sampler.frequency_penalty = lambda z, sampling, seen: repetition(
+        frequency(z, sampling, seen), sampling, text[0]
+    )
+
+
+@engine_patched(stage="law", spec=DENSE)
+def repetition_counts_the_padding(engine: Any) -> None:
+    """Token 0, with which shorter prompts of a batch are padded, counts as seen."""
+    sampler, prompt = engine.sampler, list[Any]()
+    repetition, distribution = sampler.repetition_penalty, sampler.distribution
+
+    def noted(logits: Tensor, request: Any, generated: Any) -> Any:
+        prompt[:] = request.prompt
+        return distribution(logits, request, generated)
+
+    def padded(z: Tensor, sampling: Any, seen: Any) -> Any:
+        longest = max((len(one.request.prompt) for one in engine.scheduler.running), default=0)
+        return repetition(z, sampling, (*seen, 0) if len(prompt) < longest else seen)
+
+    sampler.distribution, sampler.repetition_penalty = noted, padded
+
+
+@engine_mutant(samplers, "temperature", stage="law", spec=DENSE)
+def low_temperatures_are_greedy(_: Any, temperature: Method) -> Method:
+    """A temperature below 0.2 is taken for 0."""
+    return lambda z, sampling: temperature(
+        z, sampling if sampling.temperature >= 0.2 else replace(sampling, temperature=0.0)
+    )
+
+
+@engine_mutant(samplers, "temperature", stage="greedy", spec=DENSE)
+def greedy_compares_in_half_precision(_: Any, temperature: Method) -> Method:
+    """The largest logit is sought after rounding to bfloat16."""
+    return lambda z, sampling: temperature(z if sampling.temperature > 0 else z.bfloat16().double(), sampling)
+
+
+@engine_mutant(samplers, "grammar", stage="law", spec=DENSE)
+def grammar_forbids_by_a_finite_number(_: Any, grammar: Method) -> Method:
+    """100 is subtracted from logits of tokens that the grammar does not allow."""
+    return lambda z, *rest: torch.where(grammar(z, *rest) == -torch.inf, z - 100, z)
+
+
+@engine_mutant(samplers, "allowed", stage="law", spec=DENSE)
+def grammar_begins_anew_at_its_end(_: Any, allowed: Method) -> Method:
+    """In a state that allows all tokens, those of the first state alone are allowed."""
+    return lambda grammar, generated: (
+        found if (found := allowed(grammar, generated)) is not None else allowed(grammar, ())
+    )
+
+
+@engine_patched(stage="law", spec=DENSE)
+def min_p_comes_before_top_p(engine: Any) -> None:
+    """top_p sums the probabilities of what min_p has left."""
+    sampler = engine.sampler
+    sampler.top_p, sampler.min_p = sampler.min_p, sampler.top_p

@@ -16,7 +16,7 @@ from harness.conformance.laws import rounds_law, token_law
 from harness.conformance.property import Violation, Void
 from harness.conformance.serving import GREEDY, ask_for, honours, independent, offered, prompts
 from harness.evidence.law import Law
-from harness.reference.engine import Completion, Request, Sampling, Speculation
+from harness.reference.engine import Completion, Grammar, Request, Sampling, Speculation
 from harness.theory.speculation import standing_probabilities
 
 
@@ -89,6 +89,7 @@ def permuted(case: Case, vocabulary: tuple[int, ...]) -> dict[str, Tensor]:
         "translations-are-shifted",
         "drafts-forget-the-last-accepted-token",
         "speculation-is-silently-off",
+        "early-exit-skips-the-final-norm",
     ),
     applies=independent,
 )
@@ -98,6 +99,7 @@ def test_all_stand(case: Case) -> None:
     vocabulary = tuple((7 * token + 3) % case.vocab_size for token in range(case.vocab_size))
     same: dict[str, tuple[Speculation, dict[str, Tensor] | None]] = {
         "self_draft": (Speculation("self_draft", 2), None),
+        "early_exit": (Speculation("early_exit", 2, layers=case.shape.n_layers), None),
         "draft_model": (Speculation("draft_model", 2), case.weights()),
         "universal": (Speculation("universal", 2, vocabulary=vocabulary), permuted(case, vocabulary)),
     }
@@ -160,6 +162,45 @@ def test_saves_passes(case: Case) -> None:
             stage="acceptance",
         )
         case.note(f"tokens_per_pass_{name}", round(len(answer.tokens) / answer.rounds, 3))
+
+
+LOOKED_UP = {
+    "the longer n-gram decides": ("abcdebfgiab", "cdh", (2, 2, 1)),
+    "the shorter serves where the longer is new": ("bfgib", "fgh", (2, 2, 1)),
+    "what was generated is looked through too": ("a", "bcabca", (2, 2, 4)),
+    "what is rejected counts as drafted": ("bfgib", "acdh", (2, 0, 4)),
+}
+"""Prompt, what a grammar makes follow it, and drafted, accepted and rounds where n-grams have two tokens or
+one, and two tokens are drafted at most. Letters stand for tokens."""
+
+
+@conformance(
+    "decoding.prompt-lookup-finds-the-longest-n-gram",
+    clause="engine.Speculation.ngram",
+    needs=("generate", "speculate", "weights"),
+    kills=("lookup-goes-by-the-last-token", "lookup-finds-itself", "drafted-ends-at-the-rejection"),
+    applies=independent,
+)
+def test_lookup(case: Case) -> None:
+    """Prompt lookup proposes what followed the longest n-gram at the end, in the prompt or after it."""
+    model = precise(case)
+    methods(case, model, "prompt_lookup")
+    ask_for(model, "temperature", "grammar")
+    ids = case.drawn(torch.randperm(case.vocab_size, generator=case.generator())[:9]).tolist()
+    token = dict(zip("abcdefghi", ids, strict=True))
+    for what, (prompt, text, wanted) in LOOKED_UP.items():
+        states = tuple(((token[letter], i + 1),) for i, letter in enumerate(text))
+        sampling = Sampling(temperature=0.0, grammar=Grammar((*states, ())))
+        request = Request(tuple(token[letter] for letter in prompt), len(text), sampling)
+        answer = generated(model, [request], Speculation("prompt_lookup", 2, ngram=2))[0]
+        if answer.rounds == answer.drafted == 0:
+            raise Void("the engine does not count rounds and drafts")
+        found = answer.drafted, answer.accepted, answer.rounds
+        require(
+            found == wanted,
+            f"{what}: {text} after {prompt} has drafted, accepted and rounds {found} in place of {wanted}",
+            stage="counters" if found[1:] == wanted[1:] else "acceptance",
+        )
 
 
 def ending(case: Case, model: Any) -> list[Request]:

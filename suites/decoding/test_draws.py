@@ -1,4 +1,4 @@
-"""Chance: what is drawn for one request has nothing to do with its neighbours, nor with what was drawn before.
+"""Chance: what is drawn for a request has nothing to do with its neighbours, nor with what was drawn before.
 
 An enumerated law takes each draw for independent of all others; that they are is asked here.
 """
@@ -97,7 +97,9 @@ def test_fresh(case: Case) -> None:
     every: dict[str, Speculation | None] = {"without speculation": None}
     if "speculate" in model.capabilities:
         offered = ways(case, model, 2)
-        every |= {name: way for name, way in offered.items() if name in ("draft_model", "self_draft", "staged")}
+        every |= {
+            name: way for name, way in offered.items() if name in ("draft_model", "self_draft", "staged")
+        }
     total = 0
     for how, speculation in every.items():
         for what, requests in calls.items():

@@ -47,6 +47,7 @@ def cuts(prompt: tuple[int, ...], tokens: tuple[int, ...]) -> dict[str, Request]
     made["a stop that begins in the prompt"] = Request(
         prompt, SO_MANY, GREEDY, stop=((*prompt[-2:], tokens[0]),)
     )
+    made["an end token that ends the prompt"] = Request(prompt, SO_MANY, GREEDY, eos=prompt[-1:])
     made["a longer and a shorter stop"] = Request(
         prompt, SO_MANY, GREEDY, stop=(tokens[3:4], tokens[2:4], tokens[1:4])
     )
@@ -95,6 +96,7 @@ def free(case: Case, model: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
         "stop-sequences-match-by-their-last-token",
         "stop-sequences-may-begin-in-the-prompt",
         "one-token-too-many",
+        "an-end-token-in-the-prompt-ends",
         "stop-sequences-must-lie-in-one-round",
     ),
     applies=independent,

@@ -50,7 +50,7 @@ def all_at_once(t: Trial) -> dict[str, Request]:
                 frequency_penalty=0.4,
                 temperature=0.6,
             ),
-        )
+        ),
     }
 
 
@@ -62,7 +62,7 @@ def ends(t: Trial) -> dict[str, Request]:
         "eos": t.request(3, eos=(2,)),
         "min_tokens": t.request(3, eos=(1, 2), min_tokens=1),
         "stop": t.request(3, stop=((first, last), (second, first), (second, second))),
-        "a stop that begins anew": t.request(3, stop=((second, first),)),
+        "a stop that begins anew": t.request(3, Sampling(temperature=5.0), stop=((second, first),)),
     }
 
 

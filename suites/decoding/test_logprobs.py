@@ -12,16 +12,18 @@ from harness.conformance import Case, conformance, require
 from harness.conformance.decoding import generated, precise, ways
 from harness.conformance.property import Void
 from harness.conformance.serving import (
+    GREEDY,
     ROUNDING,
     Agreement,
     ask_for,
     exact,
     greedy,
     independent,
+    offered,
     same_all,
     seeded,
 )
-from harness.reference.engine import Completion, Request
+from harness.reference.engine import Completion, Grammar, Request
 
 
 def forced(
@@ -60,7 +62,12 @@ def forced(
     "decoding.log-probabilities-are-those-of-one-pass",
     clause="engine.Completion.logprobs",
     needs=("generate", "forward"),
-    kills=("log-probabilities-follow-the-temperature",),
+    kills=(
+        "log-probabilities-follow-the-temperature",
+        "log-probabilities-follow-the-penalty",
+        "log-probabilities-follow-the-grammar",
+        "log-probabilities-are-told-of-the-end",
+    ),
     applies=independent,
 )
 def test_one_pass(case: Case) -> None:
@@ -72,9 +79,29 @@ def test_one_pass(case: Case) -> None:
     if "seed" in model.settings:
         drawn = seeded(case, model, requests, 0.7)
         forced(case, model, drawn, generated(model, drawn), "sampled")
+    even = Grammar((tuple((token, 0) for token in range(0, case.vocab_size, 2)),))
+    settings = {
+        "a penalty and a bias": replace(GREEDY, repetition_penalty=1.5, logit_bias=((1, 2.0),), top_k=7),
+        "a grammar": replace(GREEDY, grammar=even),
+    }
+    for what, sampling in settings.items():
+        bent = [offered(model, replace(request, sampling=sampling)) for request in requests]
+        forced(case, model, bent, generated(model, bent), f"greedy, with {what}")
+    cut = [offered(model, one) for one in ended(requests, generated(model, requests))]
+    forced(case, model, cut, generated(model, cut), "ended within")
 
 
 LENGTHS, ENDS = (3, 8, 9, 60), (9, 5, 12, 7)
+
+
+def ended(requests: Sequence[Request], answers: Sequence[Completion]) -> list[Request]:
+    """The greedy requests, by turns with an end token and with a stop sequence from their middle."""
+    made = []
+    for i, (request, answer) in enumerate(zip(requests, answers, strict=True)):
+        middle = len(answer.tokens) // 2
+        tokens = answer.tokens[middle : middle + 2]
+        made.append(replace(request, stop=(tokens,)) if i % 2 else replace(request, eos=tokens[:1]))
+    return made
 
 
 @conformance(

@@ -18,7 +18,6 @@ from harness.reference.engine import Completion, Grammar, Request, Sampling
 LIMITS = {
     "temperature 1e-5": Sampling(temperature=1e-5),
     "temperature 1e-3": Sampling(temperature=1e-3),
-    "temperature 0.1": Sampling(temperature=0.1),
     "temperature 50": Sampling(temperature=50.0),
     "temperature 0": Sampling(temperature=0.0, top_k=3, top_p=0.9),
     "top_k -1": Sampling(top_k=-1),
@@ -52,7 +51,6 @@ def first_token(t: Trial, limits: dict[str, Sampling], what: str) -> None:
     needs=("generate", "enumerable", "weights"),
     kills=(
         "temperature-divides-in-half-precision",
-        "low-temperatures-are-greedy",
         "top-k-minus-1-counts-from-the-end",
         "top-k-must-not-exceed-the-vocabulary",
         "top-p-is-ignored-near-0",
@@ -72,14 +70,23 @@ def test_limits(case: Case) -> None:
     )
 
 
+UNEQUAL = tuple((token, math.log(p)) for token, p in enumerate((0.5, 0.3, 0.12, 0.08)))
+"""Biases that give equal logits this law: of what min_p 0.3 leaves, the first token has 0.625."""
+
+
 @conformance(
     "decoding.equal-logits-are-truncated-by-rule",
     clause="engine.Sampling.top_k",
     needs=("generate", "enumerable", "weights"),
-    kills=("top-k-drops-what-is-equal", "top-p-goes-past-the-token-that-reaches-it"),
+    kills=(
+        "top-k-drops-what-is-equal",
+        "top-p-goes-past-the-token-that-reaches-it",
+        "low-temperatures-are-greedy",
+        "min-p-comes-before-top-p",
+    ),
 )
 def test_equal(case: Case) -> None:
-    """Where all logits are equal, top_k keeps all that equal the k-th, and top_p as many as reach it."""
+    """Of equal logits top_k keeps all that equal the k-th, top_p what reaches it, a low temperature all."""
     t = trial(case)
     weights = dict(t.pair.target)
     name = "unembedding.weight" if "unembedding.weight" in weights else "embedding.weight"
@@ -89,6 +96,8 @@ def test_equal(case: Case) -> None:
         "top_k 2": Sampling(top_k=2),
         "top_p 0.5": Sampling(top_p=0.5),
         "top_p 0.6": Sampling(top_p=0.6),
+        "temperature 0.01": Sampling(temperature=0.01),
+        "top_p 0.6, then min_p 0.3": Sampling(logit_bias=UNEQUAL, top_p=0.6, min_p=0.3),
         "top_p 0.25": Sampling(top_p=0.25),
         "min_p 1": Sampling(min_p=1.0),
     }
