@@ -103,7 +103,11 @@ class ContinuousSession:
         self.manager._generation_loop_body = watched  # noqa: SLF001
         ready = threading.Event()
         self.feed = ready.set
-        self.manager.start()
+        # Its thread is a daemon if the one that starts it is: else a session that nobody closed, or a loop
+        # that hangs, would keep the process from ending.
+        starter = threading.Thread(target=self.manager.start, daemon=True)
+        starter.start()
+        starter.join()
         while not ready.wait(0.05):
             if not self.manager.is_running():
                 raise RuntimeError(str(self.manager.background_thread_status.fatal_error))
