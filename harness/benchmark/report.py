@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from harness.benchmark import picture as pictures
 from harness.benchmark import serving, tables, workload
 from harness.benchmark.metrics import Slo, samples
-from harness.benchmark.setup import session, slo
+from harness.benchmark.setup import engine, slo
 from harness.reference.engine import Limits, Sampling, Speculation
 from harness.telemetry import machine
 from harness.theory.describe import Table
@@ -47,7 +47,8 @@ class Load:
         rate = "all at once" if np.isinf(self.rate) else f"{self.rate:g} per second"
         gaps = "" if self.burstiness == 1 or np.isinf(self.rate) else f", burstiness {self.burstiness:g}"
         bound = "" if self.concurrency is None else f", at most {self.concurrency} in flight"
-        return f"{self.requests} requests of {self.dataset}, {rate}{gaps}{bound}, seed {self.seed}"
+        drawn = "greedy" if self.temperature == 0 else f"temperature {self.temperature:g}"
+        return f"{self.requests} requests of {self.dataset}, {rate}{gaps}{bound}, {drawn}, seed {self.seed}"
 
 
 def serve(
@@ -73,7 +74,7 @@ def serve(
     for path in (output, picture):
         if path is not None:
             ensure_writable(path)
-    opened = session(
+    served = engine(
         address,
         spec,
         dtype=getattr(torch, dtype),
@@ -81,15 +82,33 @@ def serve(
         limits=limits,
         speculation=speculation,
     )
-    with opened as (running, vocab_size):
-        run = serving.run(running, load.drawn(vocab_size), concurrency=load.concurrency, slo=asked, step=step)
-    title = f"{address}{'' if spec is None else f' on {spec}'}: {load}"
+    workload = load.drawn(served.model.vocab_size)
+    with served.session() as running:
+        run = serving.run(
+            running,
+            workload,
+            concurrency=load.concurrency,
+            slo=asked,
+            alone=served.session if served.here else None,
+            step=step,
+        )
+    what = {
+        "engine": address,
+        "spec": spec,
+        "limits": limits,
+        "speculation": speculation,
+        "dtype": dtype if served.here else None,
+        "load": load,
+        "slo": asked,
+    }
+    title = "; ".join(f"{name} {value}" for name, value in what.items() if value is not None)
     shown = tables.tables(run, title)
     if output is not None:
         write(output, "Serving benchmark", "moe-harness bench serve", shown)
     if picture is not None and not run.void:
         pictures.latencies(picture, samples(run.answers))
-    return VOID if run.void else 0, shown, {"what": title, **tables.as_json(run)}
+    facts = {name: asdict(value) if is_dataclass(value) else value for name, value in what.items()}
+    return VOID if run.void else 0, shown, {"what": facts, **tables.as_json(run)}
 
 
 def write(path: Path, title: str, made_by: str, shown: Sequence[Table]) -> None:

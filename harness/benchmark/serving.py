@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -59,7 +60,7 @@ class Run:
     def void(self) -> str:
         """Why the figures mean nothing, in a sentence; empty where they do."""
         if not self.compared:
-            return "no request was answered"
+            return f"no request was answered; the first: {self.answers[0].completion.error or 'no reason'}"
         if not self.mismatches:
             return ""
         first, count = self.mismatches[0], len(self.mismatches)
@@ -75,10 +76,13 @@ def run(
     *,
     concurrency: int | None = None,
     slo: Slo | None = None,
+    alone: Callable[[], AbstractContextManager[Streams]] | None = None,
     step: Callable[[str], None] = lambda _: None,
 ) -> Run:
     """Send the workload, then every request alone; `step` is called 2 N times, as each is answered.
 
+    alone opens a fresh session for a request that is asked again, so that nothing cached under load can make
+    the same answer wrong twice; without it (a server that runs elsewhere) the same session is asked.
     concurrency bounds the requests in flight: one that is due then waits at the client, which shows as
     lateness, not as TTFT.
     """
@@ -87,7 +91,8 @@ def run(
     timeline = tuple(session.timeline) if isinstance(session, ShowsTimeline) else ()
     slots = session.slots if isinstance(session, ShowsTimeline) else None
     summary = summarise(answers, due, slo=slo or Slo(), timeline=timeline if shown else (), slots=slots)
-    mismatches, compared = _again(session, workload.requests, answers, step)
+    opened = alone or (lambda: nullcontext(session))
+    mismatches, compared = _again(opened, workload.requests, answers, step)
     return Run(summary, answers, mismatches, compared, timeline)
 
 
@@ -100,7 +105,8 @@ def _load(
         return answer
 
     workers = min(len(workload.requests), concurrency or MOST_CONNECTIONS)
-    with ThreadPoolExecutor(workers, thread_name_prefix="client") as pool:
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="client")
+    try:
         start = time.perf_counter()
         due = tuple(start + at for at in workload.at)
         pending: list[Future[Streamed]] = []
@@ -108,10 +114,14 @@ def _load(
             time.sleep(max(0.0, at - time.perf_counter()))
             pending.append(pool.submit(send, request))
         return tuple(one.result() for one in pending), due
+    finally:
+        # Not as a context, which would wait for requests that nobody wants any more: Ctrl-C ends the load,
+        # and closing the session ends those in flight.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _again(
-    session: Streams,
+    opened: Callable[[], AbstractContextManager[Streams]],
     requests: Sequence[Request],
     answers: Sequence[Streamed],
     step: Callable[[str], None],
@@ -123,7 +133,8 @@ def _again(
         if answer.completion.finish_reason == "error":
             continue
         compared += 1
-        alone, loaded = session.stream(request).completion, answer.completion
+        with opened() as session:
+            alone, loaded = session.stream(request).completion, answer.completion
         reason = ""
         if alone.finish_reason != loaded.finish_reason:
             reason = f"it ended by {loaded.finish_reason} under load, by {alone.finish_reason} alone"

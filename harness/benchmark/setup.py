@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import get_args
+from dataclasses import dataclass
+from typing import Any, get_args
 
 import torch
 
@@ -15,8 +16,35 @@ from harness.reference.engine.values import Method
 from harness.spec import load, twin
 
 
-@contextmanager
-def session(
+@dataclass(frozen=True)
+class Engine:
+    """What is put under load: a model, and the size and the speculation that each session of it has."""
+
+    address: str
+    model: Any
+    limits: Limits | None
+    speculation: Speculation | None
+
+    @property
+    def here(self) -> bool:
+        """Whether it runs in this process, so that a fresh session is a fresh engine."""
+        return not self.address.startswith("openai:")
+
+    @contextmanager
+    def session(self) -> Iterator[Streams]:
+        """A running engine that streams; it is closed in the end. Raises Unsupported."""
+        running: Any = self.model.start(self.limits, speculation=self.speculation)
+        try:
+            if not isinstance(running, Streams):
+                raise Unsupported(
+                    f"{self.address} serves, but not in pieces as they come: nothing can be timed"
+                )
+            yield running
+        finally:
+            running.close()
+
+
+def engine(
     address: str,
     spec: str | None,
     *,
@@ -24,11 +52,10 @@ def session(
     seed: int,
     limits: Limits | None,
     speculation: Speculation | None,
-) -> Iterator[tuple[Streams, int]]:
-    """A running engine that streams, and the size of its vocabulary; it is closed in the end.
+) -> Engine:
+    """The engine under an address; limits None is its own size.
 
-    limits None is the engine's own size. Raises SpecError, AdapterError, or Unsupported naming what the
-    implementation lacks.
+    Raises SpecError, AdapterError, or Unsupported naming what the implementation lacks.
     """
     architecture = None if spec is None else twin(load(spec).architecture)
     model = resolve(address).build(architecture, device="cpu", dtype=dtype, seed=seed)
@@ -36,13 +63,7 @@ def session(
         raise Unsupported(f"{address} does not serve: it declares no capability 'serve'")
     if limits is not None and "limits" not in model.capabilities:
         raise Unsupported(f"{address} has a size of its own: leave out the options that give it one")
-    running = model.start(limits, speculation=speculation)
-    try:
-        if not isinstance(running, Streams):
-            raise Unsupported(f"{address} serves, but not in pieces as they come: nothing can be timed")
-        yield running, model.vocab_size
-    finally:
-        running.close()
+    return Engine(address, model, limits, speculation)
 
 
 def speculation(text: str) -> Speculation:

@@ -16,6 +16,8 @@ import numpy as np
 
 from harness.reference.engine import Request, Sampling
 
+LONGEST_S = 1e6
+"""Seconds of a load: eleven days, after which a rate is taken for a mistake."""
 FORMS = "fixed:PROMPT:OUTPUT, uniform:LOW-HIGH:LOW-HIGH, skewed:PROMPT:MEAN, or a file of JSON lines"
 _FIXED = re.compile(r"fixed:(\d+):(\d+)")
 _UNIFORM = re.compile(r"uniform:(\d+)-(\d+):(\d+)-(\d+)")
@@ -50,8 +52,11 @@ def arrivals(
         raise WorkloadError(f"the burstiness is {burstiness:g}; give the shape of a gamma law, above 0")
     if math.isinf(rate):
         return (0.0,) * count
-    gaps = generator.gamma(burstiness, 1 / (rate * burstiness), size=max(count - 1, 0))
-    return (0.0, *np.cumsum(gaps).tolist())[:count]
+    gaps = generator.gamma(burstiness, 1 / max(rate * burstiness, 1e-300), size=max(count - 1, 0))
+    at = (0.0, *np.cumsum(gaps).tolist())[:count]
+    if at[-1] > LONGEST_S:
+        raise WorkloadError(f"at {rate:g} requests per second the last comes after {at[-1]:.3g} seconds")
+    return at
 
 
 def dataset(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -38,9 +39,9 @@ ConcurrencyOption = Annotated[int | None, Option(min=1, help="Requests in flight
 TemperatureOption = Annotated[float, Option(min=0, help="0 is greedy; else each request has a seed.")]
 SloOption = Annotated[list[str] | None, Option(help="ttft=SECONDS, tpot=... or e2e=... (repeatable).")]
 SlotsOption = Annotated[int | None, Option(min=1, help="Requests that run at the same time.")]
-PagesOption = Annotated[int, Option(min=1, help="Of the KV cache; with --slots.")]
-PageSizeOption = Annotated[int, Option(min=1, help="Tokens; with --slots.")]
-ChunkOption = Annotated[int, Option(min=1, help="Tokens per iteration; with --slots.")]
+PagesOption = Annotated[int | None, Option(min=1, help="Of the KV cache; with --slots.")]
+PageSizeOption = Annotated[int | None, Option(min=1, help="Tokens; with --slots.")]
+ChunkOption = Annotated[int | None, Option(min=1, help="Tokens per iteration; with --slots.")]
 StaticOption = Annotated[bool, Option("--static", help="Static batching; with --slots.")]
 SpeculationOption = Annotated[str | None, Option(help="METHOD:LENGTH, such as prompt_lookup:3.")]
 DTypeOption = Annotated[
@@ -62,9 +63,9 @@ def serve(
     temperature: TemperatureOption = 0.0,
     slo: SloOption = None,
     slots: SlotsOption = None,
-    pages: PagesOption = 256,
-    page_size: PageSizeOption = 4,
-    chunk: ChunkOption = 64,
+    pages: PagesOption = None,
+    page_size: PageSizeOption = None,
+    chunk: ChunkOption = None,
     static: StaticOption = False,
     speculation: SpeculationOption = None,
     dtype: DTypeOption = ServedDType.float64,
@@ -79,11 +80,14 @@ def serve(
     """
     from harness.benchmark import report
     from harness.benchmark.setup import speculation as method
-    from harness.reference.engine import Limits
+    from harness.reference.engine import Batching, Limits
 
-    limits = None
-    if slots is not None:
-        limits = Limits(slots, page_size, pages, chunk, "static" if static else "continuous")
+    sizes = {"sequences": slots, "pages": pages, "page_size": page_size, "chunk": chunk}
+    given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
+    if slots is None and (given or static):
+        raise typer.BadParameter("--pages, --page-size, --chunk and --static need --slots beside them")
+    batching: Batching = "static" if static else "continuous"
+    limits = None if slots is None else replace(Limits(batching=batching), **given)
     load = report.Load(dataset, requests, rate, burstiness, concurrency, temperature, seed)
     with progress("bench serve", total=2 * requests) as state:
         code, tables, facts = report.serve(
