@@ -35,7 +35,7 @@ class Engine:
         """A running engine that streams; it is closed in the end. Raises Unsupported."""
         running: Any = self.model.start(self.limits, speculation=self.speculation)
         try:
-            if not isinstance(running, Streams):
+            if not callable(getattr(running, "stream", None)):
                 raise Unsupported(
                     f"{self.address} serves, but not in pieces as they come: nothing can be timed"
                 )

@@ -97,6 +97,8 @@ def servers(
     from harness.results.runfile import RunFileError, read
 
     named = dict(run.rpartition("=")[::2] for run in runs)
+    if len(named) < len(runs):
+        raise RunFileError("two runs have one name: a server has one run")
     if "" in named:
         raise RunFileError("a run of a server needs its name: say NAME=RUN")
     publish(output, tables.page({name: read(Path(path)) for name, path in named.items()}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -32,9 +33,12 @@ def tiny(
         Checkpoint, typer.Option("--format", help="safetensors, GGUF of float32, or both.")
     ] = Checkpoint.transformers,
     seed: Annotated[int, typer.Option(min=0, help="Of the weights.")] = 0,
-    vocab: Annotated[int, typer.Option(min=2, help="Tokens, one printable character each.")] = 128,
+    vocab: Annotated[int, typer.Option(min=2, max=4096, help="Tokens, one printable character each.")] = 128,
     noise: Annotated[
-        float, typer.Option(min=0, help="On every weight, relative to its spread: a draft of the same seed.")
+        float,
+        typer.Option(
+            min=0, max=10, help="On every weight, relative to its spread: a draft of the same seed."
+        ),
     ] = 0.0,
 ) -> None:
     """Write the shrunken twin of a spec with random weights, as a checkpoint that servers load."""
@@ -42,6 +46,8 @@ def tiny(
     from harness.implementations.tiny import tiny as draw
     from harness.spec import load
 
+    if math.isnan(noise):
+        raise typer.BadParameter("--noise is nan; give a number from 0 to 10")
     document = load(spec)
     model = draw(document.name, document.architecture, seed=seed, vocab_size=vocab, noise=noise)
     if form is not Checkpoint.gguf:

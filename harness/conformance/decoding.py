@@ -61,16 +61,21 @@ class Trial:
 
     def law_of(self, program: Callable[[], Any]) -> Law:
         """Every run of a program that draws, by enumeration."""
-        # of a model that can, each pass is computed once, and not once for every path on which it lies
-        remembering = getattr(self.model, "remembering", nullcontext)
-        with torch.no_grad(), remembering():
-            return law(program)
+        return enumerated(self.model, program)
 
     def judge(
         self, what: str, request: Request, speculation: Speculation | None = None, *, stage: str = "law"
     ) -> None:
         """Raise Violation unless the completion has the target's law; the distance is noted either way."""
         lossless(self.case, what, self.found(request, speculation), self.wanted(request), stage=stage)
+
+
+def enumerated(model: Any, program: Callable[[], Any]) -> Law:
+    """The law of a program that asks the model: of one that can, each pass is computed once, and not once for
+    every path on which it lies."""
+    remembering = getattr(model, "remembering", nullcontext)
+    with torch.no_grad(), remembering():
+        return law(program)
 
 
 def trial(case: Case, vocab_size: int = 4, *, layers: int = 1) -> Trial:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from harness.conformance import Case, conformance, require
 from harness.conformance.decoding import generated, ways
+from harness.conformance.property import Void
 from harness.conformance.serving import ask_for, independent, prompts
-from harness.evidence.betting import TwoSamples
+from harness.evidence.betting import TwoSamples, share_of
 from harness.reference.engine import Request, Sampling, Speculation
 
 LENGTH, DRAFTS = 5, 3
@@ -16,6 +17,8 @@ LENGTH, DRAFTS = 5, 3
 BATCH, PAIRS, FEWER = 32, 512, 160
 """Completions asked for at once; pairs of them at most, and at most of an engine whose laws are computed
 elsewhere. Laws 0.3 apart are told after about 100."""
+TESTS = 16
+"""Bets of one run at most, which share its probability of a false alarm: one for each way to speculate."""
 COMMON = 3
 """Tokens that are told apart at each place; the others are one."""
 
@@ -33,6 +36,17 @@ def outcome(tokens: tuple[int, ...], common: list[list[int]]) -> tuple[int, ...]
     ]
 
 
+def apart(bets: TwoSamples) -> str:
+    """How far apart two samples are, and what that certifies."""
+    sampled = bets.left.keys() | bets.right.keys()
+    seen = sum(abs(bets.left[one] - bets.right[one]) for one in sampled) / 2 / bets.pairs
+    found = bets.tv()
+    return (
+        f"the samples are {seen:.2f} apart in total variation, chance included; of the laws they certify "
+        f"{found.low:.2f} to {found.high:.2f}"
+    )
+
+
 @conformance(
     "decoding.sampled-speculation-keeps-the-law",
     clause="engine.Speculation",
@@ -47,22 +61,30 @@ def test_black_box_law(case: Case) -> None:
     prompt = prompts(case, (4,))[0] * 3
     requests = [Request(prompt, LENGTH, Sampling(temperature=0.7))] * BATCH
 
+    drafted = 0
+
     def drawn(speculation: Speculation | None) -> list[tuple[int, ...]]:
-        return [answer.tokens for answer in generated(model, requests, speculation)]
+        nonlocal drafted
+        answers = generated(model, requests, speculation)
+        drafted += sum(answer.drafted for answer in answers)
+        return [answer.tokens for answer in answers]
 
     offered, pairs = ways(case, model, DRAFTS), PAIRS
     if "enumerable" in model.capabilities:  # here the bets only show that they work
         offered, pairs = dict([*offered.items()][:1]), FEWER
     common = classes([tokens for _ in range(4) for tokens in drawn(None)])
     for name, speculation in offered.items():
-        bets = TwoSamples(outcomes=(COMMON + 1) ** (LENGTH - 1))
+        bets = TwoSamples(outcomes=(COMMON + 1) ** (LENGTH - 1), alpha=share_of(TESTS))
+        drafted = 0
         for _ in range(pairs // BATCH):
             for plain, other in zip(drawn(None), drawn(speculation), strict=True):
                 rejected = bets.update(outcome(plain, common), outcome(other, common))
                 require(
                     not rejected,
                     f"{name}: after {bets.pairs} pairs of completions their laws are sure to differ (alpha "
-                    f"1e-9); total variation {bets.tv().low:.3f} to {bets.tv().high:.3f}",
+                    f"{bets.alpha:.2g}): {apart(bets)}",
                     stage="verify",
                 )
-        case.note(f"total variation at most, {name}", bets.tv().high)
+        case.note(f"total variation, {name}", apart(bets))
+        if not drafted:
+            raise Void(f"{name}: nothing was drafted, or the engine does not say so; {apart(bets)}")
