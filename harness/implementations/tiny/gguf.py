@@ -115,7 +115,7 @@ def _architecture(model: TinyModel) -> str:
     }
     missing = [what for what, is_missing in lacking.items() if is_missing]
     if missing:
-        raise AdapterError(f"the GGUF writer has no {missing[0]}; --format transformers may do")
+        raise AdapterError(f"as GGUF nothing can be written of {missing[0]}; --format transformers may do")
     return ARCHITECTURES[model.family]
 
 
