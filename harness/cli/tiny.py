@@ -33,7 +33,9 @@ def tiny(
         Checkpoint, typer.Option("--format", help="safetensors, GGUF of float32, or both.")
     ] = Checkpoint.transformers,
     seed: Annotated[int, typer.Option(min=0, help="Of the weights.")] = 0,
-    vocab: Annotated[int, typer.Option(min=2, max=4096, help="Tokens, one printable character each.")] = 128,
+    vocab: Annotated[
+        int, typer.Option(min=2, max=1_000_000, help="Tokens, one printable character each.")
+    ] = 128,
     noise: Annotated[
         float,
         typer.Option(

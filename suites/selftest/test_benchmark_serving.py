@@ -7,6 +7,7 @@ import math
 import re
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,20 @@ def test_a_run_whose_answers_depend_on_the_load_is_void() -> None:
     void = serving.run(Echo(wrong=True), LOAD).void
     assert "differ from those that the same requests get alone" in void
     assert "part at token 1 of 2" in void
-    assert serving.run(Echo(fails=True), LOAD).void == "no request was answered"
+    assert serving.run(Echo(fails=True), LOAD).void == "no request was answered; the first: no"
+
+
+def test_what_is_cached_under_load_does_not_hide_a_wrong_answer() -> None:
+    """An engine that repeats what it answered under load is caught by asking a fresh one."""
+    wrong, again = Echo(wrong=True), dict[Request, Streamed]()
+
+    class Remembers:
+        def stream(self, request: Request) -> Streamed:
+            return again.setdefault(request, wrong.stream(request))
+
+    assert not serving.run(Remembers(), LOAD).void
+    again.clear()
+    assert "differ" in serving.run(Remembers(), LOAD, alone=lambda: nullcontext(Echo())).void
 
 
 def test_concurrency_bounds_what_is_in_flight() -> None:

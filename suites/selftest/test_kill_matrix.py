@@ -74,6 +74,12 @@ def run(
     return read(file).records
 
 
+def shown_as(stage: str) -> set[str]:
+    """What a defect of a stage of the engine may show as, to those who see only its answers: a wrong rule of
+    acceptance is a wrong law, a wrong rollback changes greedy tokens too, and a law may leave no token."""
+    return {stage, "law"} | {"rollback": {"greedy"}, "law": {"fault"}}.get(stage, set())
+
+
 def wanted(spec: str) -> set[tuple[str, str]]:
     """Properties and mutants to run on a spec: the claimed kills, and the stages before each defect."""
     pairs = {(slug, name) for slug, name in KILLS if CATALOGUE[name].spec == spec}
@@ -100,8 +106,7 @@ def test_every_claimed_kill_is_real(spec: str, tmp_path: Path) -> None:
     found = run(nodes, mutants, [spec], tmp_path / "run.jsonl")
     records = {(r.slug, r.implementation.removeprefix("mutant:")): r for r in found}
     assert sorted(records) == pairs
-    # A wrong rule of acceptance is a wrong law: from outside nobody can tell them apart.
-    named = {name for (_, name), one in records.items() if one.stage in {CATALOGUE[name].stage, "law"}}
+    named = {name for (_, name), one in records.items() if one.stage in shown_as(CATALOGUE[name].stage)}
     engines = {name for _, name in pairs if CATALOGUE[name].stage in ENGINE_STAGES}
     assert sorted(engines - named) == [], "no property names the stage at which these are wrong"
     for (slug, name), record in records.items():

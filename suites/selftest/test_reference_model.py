@@ -11,10 +11,13 @@ from harness.implementations.protocols import (
     AuxiliaryLosses,
     Cached,
     Forward,
+    Generates,
     Gradients,
     HasParameters,
     LoadsWeights,
     Routed,
+    Serves,
+    Speculates,
     Unsupported,
 )
 from harness.implementations.reference import Reference
@@ -181,6 +184,11 @@ def test_the_implementation_offers_what_it_declares(name: str) -> None:
         "gradients": Gradients,
         "weights": LoadsWeights,
         "auxiliary_loss": AuxiliaryLosses,
+        "generate": Generates,
+        "enumerable": Generates,
+        "speculate": Speculates,
+        "serve": Serves,
+        "limits": Serves,
     }
     architecture = small(name)
     model = Reference().build(architecture, device="cpu", dtype=torch.float32, seed=1)

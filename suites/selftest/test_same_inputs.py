@@ -9,6 +9,8 @@ import pytest
 from harness.results.runfile import read
 from suites.selftest.stubs import moe_harness
 
+PARTS = "not decoding and not serving"
+"""What is generated draws by the same functions, and takes minutes."""
 SUBJECTS = ("reference", "transformers:mixtral")
 
 
@@ -17,7 +19,7 @@ def test_the_same_inputs_reach_every_implementation(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     run = tmp_path / "run.jsonl"
     addresses = [word for subject in SUBJECTS for word in ("--impl", f"{subject}@mixtral-8x7b")]
-    done = moe_harness("check", *addresses, "--run-file", str(run))
+    done = moe_harness("check", *addresses, "-k", PARTS, "--run-file", str(run))
     assert done.returncode == 0, done.stdout
     passed = [
         {
