@@ -17,8 +17,9 @@ LENGTH, DRAFTS = 5, 3
 BATCH, PAIRS, FEWER = 32, 512, 160
 """Completions asked for at once; pairs of them at most, and at most of an engine whose laws are computed
 elsewhere. Laws 0.3 apart are told after about 100."""
-TESTS = 16
-"""Bets of one run at most, which share its probability of a false alarm: one for each way to speculate."""
+TESTS = 32
+"""Bets of one run at most, those against an engine's own law included, which share its chance of a false
+alarm: one for each way to speculate."""
 COMMON = 3
 """Tokens that are told apart at each place; the others are one."""
 

@@ -24,8 +24,9 @@ LENGTH = 4
 BATCH, BATCHES, OF_THE_ENUMERABLE = 64, 20, 3
 """Requests that are asked together, and how often at most: 1,280 draws reject a total variation of 0.1 about
 every other time, and of 0.15 nearly always. An engine whose exact laws are known is asked less."""
-TESTS = 16
-"""Bets of one run at most, which share its probability of a false alarm: two for each way to decode."""
+TESTS = 32
+"""Bets of one run at most, those of speculation against none included, which share its chance of a false
+alarm: two for each way to decode."""
 FORCE, HEAT = 100.0, 2.0
 """A bias that no logit outweighs, and a temperature that keeps both tokens possible."""
 
