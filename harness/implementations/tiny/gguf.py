@@ -51,11 +51,11 @@ NAMES = {
 
 def write(model: TinyModel, path: Path) -> None:
     """Write the file. Raises AdapterError without gguf, or naming what the writer lacks."""
+    name = _architecture(model)
     try:
         import gguf
     except ImportError as error:
         raise AdapterError(f"gguf cannot be imported ({error}): pip install 'moe-harness[gguf]'") from error
-    name = _architecture(model)
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(path, name)
     _sizes(writer, model.architecture)
