@@ -75,7 +75,7 @@ def start(module: Any, limits: Limits | None, generator: torch.Generator) -> Con
         )
         session = ContinuousSession(manager, int(module.config.vocab_size))
         session.begin()
-    except Exception as error:
+    except (ValueError, NotImplementedError) as error:
         raise Unsupported(f"transformers' continuous batching does not start: {describe(error)}") from error
     return session
 
