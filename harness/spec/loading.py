@@ -17,14 +17,15 @@ from harness.spec import domains
 from harness.spec.architecture import part_type, without_none
 from harness.spec.document import Claim, Domain, Leaf, Reading, Source, Spec
 from harness.spec.errors import SpecError, did_you_mean, dotted, sentence, show, wrong_and_right
+from harness.spec.hardware import HARDWARE
 from harness.spec.locate import Path as KeyPath
 from harness.spec.locate import lines_of, nearest
 from harness.spec.schema import document_model, leaf_types
 
 
 def names() -> tuple[str, ...]:
-    """Names of the shipped specs, sorted."""
-    return tuple(sorted(path.stem for path in specs_dir().glob("*.toml")))
+    """Names of the shipped specs, sorted; the file of hardware beside them is none."""
+    return tuple(sorted(path.stem for path in specs_dir().glob("*.toml") if path.stem != HARDWARE))
 
 
 def load(name_or_path: str | Path) -> Spec:

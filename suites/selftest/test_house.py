@@ -15,13 +15,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "spec": set(),
     "theory": {"spec"},
     "audit": {"spec", "theory"},
+    "planning": {"spec", "theory"},
+    "validation": {"spec", "theory", "planning"},
     "reference": {"spec"},
     "implementations": {"spec", "reference", "mutants"},
     "mutants": {"spec", "reference", "implementations"},
     "evidence": set(),
     "telemetry": set(),
     "conformance": {"spec", "reference", "implementations", "evidence"},
-    "results": {"spec", "evidence", "theory", "audit", "conformance", "telemetry"},
+    "results": {"spec", "evidence", "theory", "audit", "validation", "conformance", "telemetry"},
     "benchmark": {"spec", "theory", "reference", "implementations", "telemetry", "results"},
 }
 """The layers of ARCHITECTURE.md; `plugin` and `cli` may import all of them."""

@@ -1,0 +1,131 @@
+"""Hardware as data sheets state it: `specs/hardware.toml`, every figure with its source.
+
+Units: bytes, bytes/s in one direction, FLOP/s of dense matrices, seconds, USD. A decimal GB is 1e9 bytes.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Generic, Literal, TypeVar
+
+from pydantic import Field, ValidationError
+
+from harness._resources import specs_dir
+from harness.spec.architecture import Count, Model, Positive
+from harness.spec.errors import SpecError, did_you_mean, dotted, sentence, wrong_and_right
+from harness.spec.locate import Path as KeyPath
+from harness.spec.locate import lines_of, nearest
+
+T = TypeVar("T")
+Format = Literal["float32", "tf32", "bfloat16", "float16", "fp8", "int8", "fp4", "mxfp4", "int4"]
+"""A number format: of what is stored, or of what a matrix unit multiplies."""
+HARDWARE = "hardware"
+"""The file's stem beside the specs; no spec may be called so."""
+Number = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=False)]
+
+
+class Sourced(Model, Generic[T]):
+    """One figure, and who says so."""
+
+    value: T
+    source: str
+    note: str = ""
+
+
+class Link(Model):
+    """What joins devices: bytes/s of one device in one direction, and seconds before the first byte."""
+
+    bandwidth: Number
+    latency: Positive
+    source: str
+    note: str = ""
+
+
+class Hardware(Model):
+    """One accelerator and how many of them are joined."""
+
+    name: str
+    title: str
+    memory: Sourced[Number]
+    """Bytes of one device."""
+    bandwidth: Sourced[Number]
+    """Bytes/s between that memory and the chip."""
+    peak: Mapping[Format, Sourced[Number]]
+    """FLOP/s of dense matrix products by the format that is multiplied (float16: as bfloat16)."""
+    island: Count
+    """Devices that the fast link joins: a node, or a rack of them."""
+    island_link: Link
+    """Inside an island (NVLink, ICI)."""
+    network_link: Link
+    """Between islands, per device (its share of the NICs)."""
+    in_network: bool = False
+    """Whether switches of the island reduce (NVLink SHARP)."""
+    gpu_hour_usd: Sourced[Number]
+
+    def peak_flops(self, multiplied: Format) -> float:
+        """Dense FLOP/s in a format. Raises SpecError naming the formats that there are."""
+        key: Format = "bfloat16" if multiplied == "float16" else multiplied
+        if key not in self.peak:
+            has = ", ".join(f"{name} ({one.value / 1e12:,.0f} TFLOP/s)" for name, one in self.peak.items())
+            raise SpecError(f"{self.name} multiplies no {multiplied}; it has {has}")
+        return self.peak[key].value
+
+
+@cache
+def hardware_names() -> tuple[str, ...]:
+    """Names of the shipped hardware, in the file's order."""
+    return tuple(_read(specs_dir() / f"{HARDWARE}.toml"))
+
+
+def load_hardware(name: str, path: Path | None = None) -> Hardware:
+    """One accelerator by name, from specs/hardware.toml or another file of its form. Raises SpecError."""
+    file = path or specs_dir() / f"{HARDWARE}.toml"
+    found = _read(file)
+    if name not in found:
+        raise SpecError(f'no hardware "{name}" in {file.name}; {did_you_mean(name, found)}')
+    return found[name]
+
+
+@cache
+def _read(path: Path) -> dict[str, Hardware]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        raw = tomllib.loads(text)
+    except FileNotFoundError:
+        raise SpecError(sentence(path, None, "", "no such file", "give a TOML file of hardware")) from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SpecError(sentence(path, None, "", f"cannot be read ({error})", "give a TOML file")) from None
+    lines = lines_of(text)
+    sources: Mapping[str, object] = raw.get("source", {})
+    found: dict[str, Hardware] = {}
+    for name, table in raw.get(HARDWARE, {}).items():
+        try:
+            found[name] = Hardware.model_validate({"name": name, **table})
+        except ValidationError as error:
+            raise SpecError("\n".join(_sentences(path, lines, name, error))) from None
+        for field, cited in _cited(found[name]):
+            if cited not in sources:
+                wrong, right = f'"{cited}" is no source of this file', did_you_mean(cited, sources)
+                line = nearest(lines, (HARDWARE, name, *field))
+                raise SpecError(sentence(path, line, dotted((HARDWARE, name, *field)), wrong, right))
+    return found
+
+
+def _sentences(path: Path, lines: Mapping[KeyPath, int], name: str, error: ValidationError) -> Iterator[str]:
+    for one in error.errors():
+        place = (HARDWARE, name, *one["loc"])
+        wrong, right = wrong_and_right(one)
+        if one["type"] in ("missing", "extra_forbidden"):
+            wrong, right = (
+                ("is missing", "give it") if one["type"] == "missing" else ("is unknown", "drop it")
+            )
+        yield sentence(path, nearest(lines, place), dotted(place), wrong, right)
+
+
+def _cited(one: Hardware) -> list[tuple[tuple[str, ...], str]]:
+    links = [(("island_link",), one.island_link.source), (("network_link",), one.network_link.source)]
+    figures = [((name,), getattr(one, name).source) for name in ("memory", "bandwidth", "gpu_hour_usd")]
+    return links + figures + [(("peak", name), peak.source) for name, peak in one.peak.items()]
