@@ -8,38 +8,17 @@ from difflib import get_close_matches
 from math import inf, isfinite
 from typing import Any
 
-from harness.audit.axes import Axis, architecture_axes, leaf_axis, table_axis
-from harness.audit.blocks import Block, Test, evaluate, link_axis, unit_of
+from harness.audit.axes import Axis, architecture_axes, leaf_axis, ordered, table_axis
+from harness.audit.blocks import Block, Test, evaluate, link_axis
+from harness.audit.figures import Figure, Unjudged, figures_of
 from harness.audit.quantities import ARCHITECTURE, LINKS, QUANTITIES, argument
-from harness.audit.quantity import Quantity
-from harness.audit.units import COUNTED, UNITS, Unit
-from harness.spec import Architecture, Claim, Reading, Spec, SpecError
+from harness.audit.quantity import Quantity, is_axis
+from harness.spec import Architecture, Claim, Spec, SpecError
 from harness.spec.document import leaf_paths
 from harness.spec.errors import did_you_mean, sentence, show
-from harness.spec.printed import Interval, interval, is_figure
+from harness.spec.printed import interval, is_figure
 
 _LEAVES = frozenset(f"architecture.{path}" for path in leaf_paths(Architecture))
-_STATEMENTS = {"yes": Interval(1.0, 1.0), "no": Interval(0.0, 0.0)}
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A value that some sources print for a claim; those that mean the same interval share one."""
-
-    readings: tuple[Reading, ...]
-    interval: Interval | None
-    unit: Unit
-    reason: str = ""
-    """Why it cannot be judged, if it cannot."""
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """Who prints it."""
-        return tuple(source for reading in self.readings for source in reading.sources)
-
-    def __str__(self) -> str:
-        texts = dict.fromkeys(f"{reading.value} {reading.unit}".strip() for reading in self.readings)
-        return "; ".join(texts)
 
 
 @dataclass(frozen=True)
@@ -49,8 +28,8 @@ class Case:
     spec: Spec
     figures: Mapping[str, tuple[Figure, ...]]
     """By claim."""
-    unjudged: Mapping[str, str]
-    """Claim -> why no block tests it."""
+    unjudged: Mapping[str, Unjudged]
+    """Claim -> why no block tests it, whatever its figures are."""
     blocks: tuple[Block, ...]
     foreign: tuple[tuple[str, Test], ...]
     """Figures in a unit of another dimension than their quantity's, with the block of the quantity."""
@@ -62,17 +41,20 @@ class Case:
 
 def assemble(spec: Spec) -> Case:
     """Lay out every claim, and evaluate every block. Raises SpecError on a claim that names things wrong."""
-    figures = {claim.id: _figures(claim) for claim in spec.claims}
-    unjudged: dict[str, str] = {}
+    figures = {claim.id: figures_of(spec, claim) for claim in spec.claims}
+    unjudged: dict[str, Unjudged] = {}
     members: dict[str, list[tuple[Claim, Quantity]]] = {}
     variables: list[Claim] = []
     for claim in spec.claims:
-        reason = _reason(spec, claim, figures[claim.id])
-        if reason:
+        quantity = QUANTITIES.get(claim.quantity)
+        reason = _reason(spec, claim, quantity)
+        if reason is not None:
             unjudged[claim.id] = reason
-        elif claim.quantity in QUANTITIES:
-            quantity = QUANTITIES[claim.quantity]
+        elif all(figure.unjudged for figure in figures[claim.id]):
+            continue
+        elif quantity is not None:
             _check_given(spec, claim, quantity)
+            quantity = quantity.bound(claim.given)
             members.setdefault(quantity.block, []).append((claim, quantity))
         else:
             variables.append(claim)
@@ -89,9 +71,8 @@ def assemble(spec: Spec) -> Case:
     for block, axes in names.items():
         if block != ARCHITECTURE:
             linked = [claim for claim in spec.claims if _is_link(claim) and claim.quantity in axes]
-            members[block] += [
-                (claim, _variable(claim.quantity, block)) for claim in linked if claim.id not in unjudged
-            ]
+            judged = [claim for claim in linked if claim.id not in unjudged]
+            members[block] += [(claim, _variable(claim.quantity, block)) for claim in judged]
     tests = {block: _tests(found, figures) for block, found in members.items()}
     foreign = tuple((block, test) for block, found in tests.items() for test in found if not test.fits)
     fitting = {block: [test for test in found if test.fits] for block, found in tests.items()}
@@ -119,9 +100,10 @@ def _evaluated(
             spans = blocks[0].spans
         for name, axes in names.items():
             if name != ARCHITECTURE:
-                made = tuple(_axis(spec, axis, stated, spans, figures) for axis in axes)
-                order = tuple(sorted(made, key=len, reverse=True))
-                blocks.append(evaluate(name, spec, order, tests[name], ()))
+                made = {axis: _axis(spec, axis, stated, spans, figures) for axis in axes}
+                while bases := [a.of for a in made.values() if a.of and a.of not in made]:
+                    made |= {base: _axis(spec, base, stated, spans, figures) for base in bases}
+                blocks.append(evaluate(name, spec, ordered(made.values()), tests[name], ()))
     except ValueError as error:
         if isinstance(error, SpecError):
             raise
@@ -140,7 +122,7 @@ def _axis(
     if name in LINKS:
         claims = [claim.id for claim in spec.claims if claim.quantity == name and _is_link(claim)]
         found = [figure for claim in claims for figure in figures[claim]]
-        intervals = [f.interval for f in found if f.interval is not None and not f.reason]
+        intervals = [figure.interval for figure in found if figure.interval is not None]
         ends = [(i.low, i.high) for i in intervals if -inf < i.low and i.high < inf]
         return link_axis(name, spans[name], ends)
     if name.startswith("architecture."):
@@ -158,7 +140,7 @@ def _tests(
         Test(claim, figure.readings, quantity, figure.interval, figure.unit)
         for claim, quantity in members
         for figure in figures[claim.id]
-        if figure.interval is not None and not figure.reason
+        if figure.interval is not None
     ]
 
 
@@ -183,28 +165,26 @@ def _variable(name: str, block: str) -> Quantity:
     return Quantity(name, dimension, block, (name,), (), (), "exact", lambda **values: values[short], short)
 
 
-def _reason(spec: Spec, claim: Claim, figures: tuple[Figure, ...]) -> str:
-    """Why a claim cannot be judged; empty if it can."""
+def _reason(spec: Spec, claim: Claim, quantity: Quantity | None) -> Unjudged | None:
+    """Why no figure of a claim can be judged, if so."""
     name = claim.quantity
     if not name:
-        return claim.note or "no quantity of the theory stands for it"
-    if name in QUANTITIES:
-        missing = [axis for axis in QUANTITIES[name].axes if argument(axis) not in claim.given]
-        missing = [axis for axis in missing if not _has_axis(spec, axis)]
+        return Unjudged("not quantitative", claim.note or "no quantity of the theory stands for it")
+    if not claim.readings:
+        return Unjudged("not quantitative", "no source prints a value")
+    if quantity is not None:
+        missing = [axis for axis in quantity.bound(claim.given).axes if not _has_axis(spec, axis)]
         if missing:
-            return f"the spec does not say what {', '.join(missing)} may be"
-    elif not name.startswith(("architecture.", "training.", "serving.")):
-        return f"theory does not know the quantity {name} yet{_near(spec, name)}"
+            return Unjudged("not yet judged", f"the spec does not say what {', '.join(missing)} may be")
+    elif not is_axis(name):
+        return Unjudged("not yet judged", f"theory does not know the quantity {name} yet{_near(spec, name)}")
     elif name.startswith("architecture.") and name not in _LEAVES:
         right = did_you_mean(name, {*QUANTITIES, *_LEAVES})
         wrong = f'"{name}" is no leaf of the architecture'
         raise SpecError(sentence(spec.path, claim.line, f"{claim.id}.quantity", wrong, right))
     elif not _has_axis(spec, name):
-        return f"the spec does not say what {name} may be{_near(spec, name)}"
-    reasons = [figure.reason for figure in figures]
-    if all(reasons):
-        return reasons[0] if reasons else "no source prints a value"
-    return ""
+        return Unjudged("not yet judged", f"the spec does not say what {name} may be{_near(spec, name)}")
+    return None
 
 
 def _near(spec: Spec, name: str) -> str:
@@ -221,6 +201,7 @@ def _has_axis(spec: Spec, name: str) -> bool:
         "architecture": spec.leaves,
         "training": spec.training,
         "serving": spec.serving,
+        "assumptions": spec.assumptions,
     }[table]
     return key in known
 
@@ -235,6 +216,14 @@ def _check_given(spec: Spec, claim: Claim, quantity: Quantity) -> None:
                 sentence(spec.path, claim.line, f"{claim.id}.given", wrong, did_you_mean(name, taken))
             )
     for name, value in claim.given.items():
+        if isinstance(value, str) and is_axis(value):
+            if not _has_axis(spec, value):
+                wrong, right = f"the spec has no {value}", did_you_mean(value, spec.lines)
+            elif quantity.block == ARCHITECTURE:
+                wrong, right = f"{quantity.name} depends on the architecture alone", "give a number"
+            else:
+                continue
+            raise SpecError(sentence(spec.path, claim.line, f"{claim.id}.given.{name}", wrong, right))
         kind, right = _KINDS.get(name, (None, "give a number, or a figure as it is printed"))
         if not (isinstance(value, kind) if kind else _is_number(value)):
             wrong = f"got {show(value)}"
@@ -256,27 +245,3 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, str):
         return is_figure(value) and isfinite(interval(value).low) and isfinite(interval(value).high)
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _figures(claim: Claim) -> tuple[Figure, ...]:
-    """The readings of a claim, those of the same interval and dimension together."""
-    grouped: dict[tuple[Any, ...], list[Reading]] = {}
-    for reading in claim.readings:
-        figure = _figure(claim, (reading,))
-        key = (figure.interval, figure.unit, figure.reason and reading.value)
-        grouped.setdefault(key, []).append(reading)
-    return tuple(_figure(claim, tuple(readings)) for readings in grouped.values())
-
-
-def _figure(claim: Claim, readings: tuple[Reading, ...]) -> Figure:
-    value, unit = readings[0].value, unit_of(readings[0])
-    if unit is None:
-        return Figure(
-            readings, None, Unit(""), f"the unit {readings[0].unit!r} is none of {', '.join(UNITS)}"
-        )
-    if value in _STATEMENTS:
-        return Figure(readings, _STATEMENTS[value], unit)
-    if not is_figure(value):
-        return Figure(readings, None, unit, f"{value!r} is no figure")
-    exact = bool(claim.given.get("exact")) or unit.dimension in COUNTED
-    return Figure(readings, interval(value, exact=exact), unit)

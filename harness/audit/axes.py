@@ -1,8 +1,8 @@
 """What the completions of a spec range over: axes, and the grid that they span.
 
 An axis is an unknown leaf of the architecture, a leaf that some claim states (so that no claim supports
-itself), an entry of [training] or [serving] (a list holds the values that are tried), or a *link*: a count
-of the architecture (parameters in total, or active) in a block that takes it as given.
+itself), an entry of [training] or [serving] (a list holds the values that are tried), an assumption, or a
+*link*: a count of the architecture (parameters in total, or active) in a block that takes it as given.
 """
 
 from __future__ import annotations
@@ -77,8 +77,10 @@ def _numbers(spec: Spec, leaf: Leaf, values: Iterable[Any]) -> tuple[float, ...]
 
 
 def table_axis(spec: Spec, name: str) -> Axis | None:
-    """The axis of an entry of [training] or [serving]; None if the spec has no such entry."""
+    """The axis of an entry of [training], [serving] or [assumptions]; None if the spec has no such entry."""
     table, _, key = name.partition(".")
+    if table == "assumptions":
+        return Axis(name, spec.assumptions[key].values) if key in spec.assumptions else None
     entry = {"training": spec.training, "serving": spec.serving}[table].get(key)
     if entry is None:
         return None
@@ -113,10 +115,16 @@ def architecture_axes(spec: Spec, stated: frozenset[str]) -> tuple[Axis, ...]:
         leaf_axis(spec, spec.leaves[path], stated=False)
         for path in _TOGETHER & set(spec.leaves) - _paths(axes)
     ]
-    free = sorted((axis for axis in axes if axis.of is None), key=len, reverse=True)
+    return ordered(axes)
+
+
+def ordered(axes: Iterable[Axis]) -> tuple[Axis, ...]:
+    """The longest free axis first, and every one after that which it is a factor of, which is among them."""
+    waiting = {axis.name: axis for axis in axes}
+    free = sorted((axis for axis in waiting.values() if axis.of is None), key=len, reverse=True)
     placed = {axis.name: axis for axis in free}
-    while len(placed) < len({axis.name for axis in axes}):
-        placed |= {axis.name: axis for axis in axes if axis.of in placed and axis.name not in placed}
+    while len(placed) < len(waiting):
+        placed |= {name: one for name, one in waiting.items() if one.of in placed and name not in placed}
     return tuple(placed.values())
 
 

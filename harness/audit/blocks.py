@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from harness.audit.axes import Axis, Grid, Numbers, chunks
 from harness.audit.quantities import ARCHITECTURE, LINKS, QUANTITIES, argument
 from harness.audit.quantity import Quantity, Range
-from harness.audit.units import UNITS, Unit
+from harness.audit.units import Unit
 from harness.spec import Architecture, Claim, Reading, Spec, SpecError
 from harness.spec.errors import sentence
 from harness.spec.printed import Interval
@@ -66,6 +66,8 @@ class Test:
                 return tuple(values.of(self.quantity, one) for one in variants)
         except (ArithmeticError, ValueError) as error:
             wrong, _, right = str(error).partition("; ")
+            if "truth value of an array" in wrong:  # numpy's words for a choice that theory makes once
+                wrong, right = "it takes one value of a switch at a time", "give each switch one value"
             raise SpecError(
                 sentence(
                     values.spec.path,
@@ -260,8 +262,3 @@ def link_axis(name: str, span: tuple[float, float], stated: Sequence[tuple[float
     return Axis(
         name, tuple(sorted({*np.geomspace(low, high, 60).tolist(), *(v for v in fine if low <= v <= high)}))
     )
-
-
-def unit_of(reading: Reading) -> Unit | None:
-    """The unit of a reading: none printed means that of the quantity; None if it is not known."""
-    return UNITS.get(reading.unit) if reading.unit else Unit("")

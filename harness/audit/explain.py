@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from harness.audit.blocks import Values
-from harness.audit.quantities import ARCHITECTURE, argument, terms
-from harness.audit.quantity import middle, substituted
+from harness.audit.deciders import Decider
+from harness.audit.derivation import derivation, in_own_unit, result, steps
 from harness.audit.verdicts import Conflict, Finding, Judged, Verdict, judge
-from harness.audit.wording import completion, decided, dimensions, exact, number, span, theory
+from harness.audit.wording import cases, decided, dimensions, listed, number, short, span, theory
 from harness.spec import Spec, SpecError
 from harness.spec.errors import did_you_mean, sentence
+
+_MOST = 12
+"""Values, or cases, that a line of an explanation lists."""
 
 
 def explain(spec: Spec, claim_id: str) -> str:
@@ -31,66 +31,73 @@ def lines(judged: Judged, claim_id: str) -> Iterator[str]:
     verdicts = [verdict for verdict in judged.verdicts if verdict.claim.id == claim_id]
     claim = verdicts[0].claim
     yield f"{claim.id}: {claim.statement}"
-    yield from (f"  assumes {assumed}" for assumed in claim.assumes)
+    if claim.kind == "assumption":
+        yield "  a convention of ours: it gives way before any claim of a source"
+    yield from (f"  takes for granted: {assumed}" for assumed in claim.assumes)
     if claim.note:
         yield f"  note: {claim.note}"
+    for pin in judged.case.spec.pins:
+        yield f"  assumed on the command line: {pin.axis} = {', '.join(map(str, pin.values))}"
     for verdict in verdicts:
         yield ""
         yield from _verdict(judged, verdict)
 
 
 def _verdict(judged: Judged, verdict: Verdict) -> Iterator[str]:
-    figure = verdict.figure
-    yield f"printed {figure} ({', '.join(figure.sources)}): {verdict.outcome}"
+    figure, spec = verdict.figure, judged.case.spec
+    said = (
+        f"printed {figure} ({', '.join(figure.sources)})" if figure.readings else "no source prints a figure"
+    )
+    yield f"{said}: {verdict.outcome}"
     if verdict.reason:
         yield f"  {verdict.reason}"
     if figure.interval is not None and verdict.findings:
         unit = figure.readings[0].unit
-        yield f"  that is {span(figure.interval.low, figure.interval.high, unit)}"
+        yield f"  as printed, that is {span(figure.interval.low, figure.interval.high, unit)}"
     for finding in verdict.findings:
-        yield from _finding(judged.case.spec, finding)
+        yield from _finding(spec, finding)
     if verdict.slips:
         yield f"  theory admits the figure if it is read {' or '.join(verdict.slips)}"
-    for conflict in about(judged.conflicts, verdict):
-        yield from _conflict(judged.case.spec, conflict)
+    conflicts = about(judged.conflicts, verdict)
+    smallest = [one for one in conflicts if len(one.members) == len(conflicts[0].members)]
+    for conflict in smallest:
+        yield from _conflict(spec, conflict)
+    if len(smallest) < len(conflicts):
+        yield f"  it is in {len(conflicts) - len(smallest)} larger conflicts too"
 
 
 def _finding(spec: Spec, finding: Finding) -> Iterator[str]:
     quantity = finding.test.quantity
-    share = f"{finding.holding:,} of {finding.admitted:,}"
-    yield f"  {quantity.name} is {theory(finding)} where the other claims hold; fits in {share} completions"
-    yield f"    {derivation(spec, finding)}"
+    yield f"  {quantity.name}, judged over the block {finding.block}:"
+    yield from (f"    {step}" for step in steps(spec, finding))
+    value = result(spec, finding)
+    own = in_own_unit(finding, value)
+    yield f"    {derivation(spec, finding)}" + (f" = {own}" if own else "")
     where = dimensions(spec, finding.example)
     if where:
         yield f"    at {where}"
+    share = f"{finding.holding:,} of {finding.admitted:,}"
+    yield f"    theory: {theory(finding)} where the other claims hold; the figure fits at {share} completions"
     if finding.decider is not None:
         yield f"    {decided(finding)}"
+        yield from (f"      {line}" for line in _turns(finding.decider))
+    if finding.pair is not None:
+        yield from (f"      {case}" for case in cases(finding.pair, _MOST))
 
 
-def derivation(spec: Spec, finding: Finding) -> str:
-    """The formula, with numbers, at the finding's example: symbols = numbers = result."""
-    quantity, claim = finding.test.quantity, finding.test.claim
-    arrays = {name: np.array([value]) for name, value in finding.example.items()}
-    result = quantity.range(
-        {argument(axis): Values(spec, arrays)[axis] for axis in quantity.axes}, claim.given
-    )
-    value = float((result.high if quantity.side == "most" else result.low).reshape(-1)[0])
-    unit = f" {quantity.dimension}" if quantity.dimension not in ("", "x") else ""
-    if quantity.formula == argument(quantity.name):
-        return f"{quantity.formula} = {number(value)}{unit}"
-    sign = {"exact": "=", "least": ">=", "most": "<="}[quantity.side]
-    numbers = substituted(quantity.formula, names(spec, finding), exact)
-    return f"{argument(quantity.name)} {sign} {quantity.formula} = {numbers} = {number(value)}{unit}"
-
-
-def names(spec: Spec, finding: Finding) -> dict[str, Any]:
-    """The numbers behind the names in a formula at the finding's example."""
-    claim, quantity = finding.test.claim, finding.test.quantity
-    found: dict[str, Any] = {argument(name): value for name, value in finding.example.items()}
-    if quantity.block == ARCHITECTURE:
-        built = spec.complete(completion(spec, finding.example))
-        found |= terms(built, int(claim.given.get("context", 0)))
-    return found | {name: middle(value) for name, value in claim.given.items()}
+def _turns(decider: Decider) -> Iterator[str]:
+    name = short(decider.axis)
+    both = set(decider.holds) & set(decider.fails)
+    for word, values in (("holds", decider.holds), ("fails", decider.fails)):
+        found = [value for value in values if value not in both]
+        if found:
+            yield f"{word} at {name} {listed(found, _MOST)}"
+    if both:
+        yield f"open at {name} {listed(sorted(both), _MOST)}"
+    turns = [f"{number(low)} and {number(high)}" for low, high in decider.turns]
+    if turns:
+        more = f", and {len(turns) - _MOST} times more" if len(turns) > _MOST else ""
+        yield f"turns between {', between '.join(turns[:_MOST])}{more}"
 
 
 def about(conflicts: Sequence[Conflict], verdict: Verdict) -> list[Conflict]:
@@ -114,4 +121,5 @@ def release_text(spec: Spec, dropped: Any, low: float, high: float, values: Mapp
     """What a dropped member's quantity is where the rest of a conflict holds."""
     unit = dropped.figure.readings[0].unit
     then = span(low, high, unit)
-    return f"{dropped.claim.id} ({dropped.figure}): {then}, at {dimensions(spec, values)}"
+    ours = "; ours" if dropped.claim.kind == "assumption" else ""
+    return f"{dropped.claim.id} ({dropped.figure}{ours}): {then}, at {dimensions(spec, values)}"

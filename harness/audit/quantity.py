@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +22,10 @@ class Range(NamedTuple):
 
     low: Numbers
     high: Numbers
+
+
+LINKS: Mapping[str, str] = {"parameters.total": "total", "parameters.active": "active"}
+"""Counts of the architecture that other blocks take as given, and the argument they are there."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,29 @@ class Quantity:
     formula: str
     """In Python's own syntax, over the arguments and, for an architecture, over `terms`."""
 
+    def bound(self, given: Mapping[str, Any]) -> Quantity:
+        """The same where a claim's constants fix some axes, or name axes of the spec for arguments."""
+        named = {name: value for name, value in given.items() if isinstance(value, str) and is_axis(value)}
+        fixed = [axis for axis in self.axes if argument(axis) in given]
+        if not named and not fixed:
+            return self
+        arguments = {name: argument(axis) for name, axis in named.items()}
+        constants = [argument(axis) for axis in fixed if argument(axis) not in named]
+        axes = (*(axis for axis in self.axes if axis not in fixed), *named.values())
+
+        def compute(**values: Any) -> Any:
+            own = {name: values.pop(there) for name, there in arguments.items()}
+            return self.compute(**values, **own)
+
+        return replace(
+            self,
+            axes=tuple(dict.fromkeys(axes)),
+            given=tuple(name for name in (*self.given, *constants) if name not in named),
+            optional=tuple(name for name in self.optional if name not in named),
+            compute=compute,
+            formula=re.sub(r"[A-Za-z_]\w*", lambda name: arguments.get(name[0], name[0]), self.formula),
+        )
+
     def range(self, arguments: Mapping[str, Any], given: Mapping[str, Any]) -> Range:
         """Bounds at every completion: `arguments` are arrays (or an Architecture of arrays) by argument name.
 
@@ -69,6 +96,16 @@ class Quantity:
         elif self.side == "most":
             low = np.full((1,) * high.ndim, -np.inf)
         return Range(low, high)
+
+
+def is_axis(name: str) -> bool:
+    """Whether a name is that of a leaf, or of an entry of a table of the spec."""
+    return name.startswith(("architecture.", "training.", "serving.", "assumptions."))
+
+
+def argument(axis: str) -> str:
+    """The argument that an axis is passed as."""
+    return LINKS.get(axis, axis.rpartition(".")[2])
 
 
 def _ends(constant: Any) -> tuple[Any, ...]:

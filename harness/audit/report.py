@@ -7,22 +7,25 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
-from harness.audit.assemble import Figure
-from harness.audit.explain import about, derivation
+from harness.audit.assume import assumption_table, pin_table
+from harness.audit.deciders import Decider
+from harness.audit.derivation import derivation
+from harness.audit.explain import about
+from harness.audit.figures import Figure
+from harness.audit.sources import (
+    OUTCOMES,
+    Disagreement,
+    count_table,
+    counts,
+    disagreement_table,
+    disagreements,
+    documents,
+    prints,
+)
 from harness.audit.verdicts import Conflict, Judged, Outcome, Verdict, judge
-from harness.audit.wording import decided, dimensions, span, theory
+from harness.audit.wording import assumptions, decided, dimensions, span, theory
 from harness.spec import Spec
 from harness.theory.describe import Table
-
-OUTCOMES: tuple[Outcome, ...] = ("consistent", "undetermined", "contradicts", "not yet judged")
-
-
-@dataclass(frozen=True)
-class Disagreement:
-    """A claim for which the sources print figures that do not mean the same."""
-
-    claim: str
-    verdicts: tuple[Verdict, ...]
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,7 @@ class Audit:
     @property
     def disagreements(self) -> tuple[Disagreement, ...]:
         """Claims with several figures, and which of them theory admits."""
-        by_claim: dict[str, list[Verdict]] = {}
-        for verdict in self.verdicts:
-            by_claim.setdefault(verdict.claim.id, []).append(verdict)
-        return tuple(Disagreement(claim, tuple(found)) for claim, found in by_claim.items() if len(found) > 1)
+        return disagreements(self.verdicts)
 
     @property
     def counts(self) -> dict[Outcome, int]:
@@ -68,8 +68,26 @@ class Audit:
             "counts": dict(self.counts),
             "verdicts": [self._verdict(verdict) for verdict in self.verdicts],
             "conflicts": [self._conflict(conflict) for conflict in self.conflicts],
+            "claims": counts(self.spec, self.verdicts),
+            "assumed": {pin.axis: list(pin.values) for pin in self.spec.pins},
+            "assumptions": [
+                {
+                    "name": one.name,
+                    "value": one.value,
+                    "values": list(one.values),
+                    "unit": one.unit,
+                    "why": one.why,
+                    "sources": list(one.sources),
+                }
+                for one in self.spec.assumptions.values()
+            ],
             "disagreements": [
-                {"claim": one.claim, "figures": {str(v.figure): v.outcome for v in one.verdicts}}
+                {
+                    "claim": one.claim,
+                    "figures": {str(v.figure): v.outcome for v in one.verdicts},
+                    "documents": {name: prints(one.verdicts, name) for name in documents(self.spec)},
+                    "admits": one.admits,
+                }
                 for one in self.disagreements
             ],
         }
@@ -82,34 +100,37 @@ class Audit:
         return list(self._tables())
 
     def _tables(self) -> Iterator[Table]:
+        if self.spec.pins:
+            yield pin_table(self.spec)
+        yield count_table(self.spec, self.verdicts)
         summary = ", ".join(f"{count} {outcome}" for outcome, count in self.counts.items())
         headers = ("claim", "printed", "by", "verdict", "theory", "why")
-        for kind, title in (("claim", f"{self.spec.name}: {summary}"), ("assumption", "Assumptions of ours")):
+        for kind, title in (
+            ("claim", f"{self.spec.name}: {summary}"),
+            ("assumption", "Conventions of ours, judged as claims are"),
+        ):
             rows = [self._row(v) for v in self.verdicts if v.claim.kind == kind and v.findings]
             if rows:
                 yield Table(title, headers, tuple(rows))
+        if self.spec.assumptions:
+            yield assumption_table(self.spec)
         if self.disagreements:
-            yield Table(
-                "Where the sources disagree",
-                ("claim", "printed", "by", "verdict"),
-                tuple(
-                    (one.claim, str(v.figure), _by(v.figure), v.outcome)
-                    for one in self.disagreements
-                    for v in one.verdicts
-                ),
-            )
+            yield disagreement_table(self.spec, self.disagreements)
         shown = self._smallest()
         if shown:
             rows = [row for number, conflict in enumerate(shown, 1) for row in self._rows(number, conflict)]
             title = "Cannot hold together: the smallest conflicts of every figure that contradicts"
             title += f", {len(shown)} of {len(self.conflicts)}"
             yield Table(title, ("no.", "without", "printed", "it is", "at"), tuple(rows))
-        waiting = [v for v in self.verdicts if not v.findings]
-        if waiting:
-            rows = [(v.claim.id, str(v.figure), _by(v.figure), v.reason) for v in waiting]
-            yield Table("Not yet judged", ("claim", "printed", "by", "why"), tuple(rows))
+        for outcome in OUTCOMES[3:]:
+            rows = [(v.claim.id, str(v.figure), _by(v.figure), v.reason) for v in self._of(outcome)]
+            if rows:
+                yield Table(outcome.capitalize(), ("claim", "printed", "by", "why"), tuple(rows))
         title = f"Completions searched: {self.completions:,}"
         yield Table(title, ("block", "completions"), tuple(self.blocks.items()))
+
+    def _of(self, outcome: Outcome) -> list[Verdict]:
+        return [verdict for verdict in self.verdicts if verdict.outcome == outcome]
 
     def _row(self, verdict: Verdict) -> tuple[object, ...]:
         return (
@@ -125,14 +146,17 @@ class Audit:
         if verdict.outcome == "undetermined":
             return decided(verdict.decisive) if verdict.decisive else ""
         if verdict.outcome != "contradicts":
-            return verdict.reason
+            found = assumptions(verdict.decisive) if verdict.decisive else ""
+            return "; ".join(part for part in (verdict.reason, f"with {found}" if found else "") if part)
         if verdict.slips:
             return f"admitted if read {' or '.join(verdict.slips)}"
         conflicts = about(self.conflicts, verdict)
         if not conflicts:
             return "not with as many of the others as can hold together"
         others = [m.claim.id for m in conflicts[0].members if m.claim.id != verdict.claim.id]
-        return f"not with {', '.join(others)}" if others else "out of reach of every completion"
+        found = assumptions(verdict.decisive) if verdict.decisive else ""
+        why = f"not with {', '.join(others)}" if others else "out of reach of every completion"
+        return f"{why}, whether {found}" if found else why
 
     def _smallest(self) -> list[Conflict]:
         """For each figure that contradicts, the smallest conflict it is in."""
@@ -177,13 +201,16 @@ class Audit:
                     "completions": finding.admitted,
                     "holding": finding.holding,
                     "derivation": derivation(self.spec, finding),
-                    "decider": None
-                    if finding.decider is None
+                    "assumptions": {name: list(found) for name, found in finding.assumptions.items()},
+                    "holds_at_what_is_assumed": finding.assumed,
+                    "decider": None if finding.decider is None else _decider(finding.decider),
+                    "pair": None
+                    if finding.pair is None
                     else {
-                        "axis": finding.decider.axis,
-                        "holds": list(finding.decider.holds),
-                        "fails": list(finding.decider.fails),
-                        "alone": finding.decider.alone,
+                        "axis": finding.pair.axis,
+                        "alone": finding.pair.alone,
+                        "share": finding.pair.share,
+                        "cases": [{"at": at, **_decider(one)} for at, one in finding.pair.cases],
                     },
                 }
                 for finding in verdict.findings
@@ -211,6 +238,16 @@ def audit(spec: Spec) -> Audit:
     judged = judge(spec)
     blocks = {block.name: block.completions for block in judged.case.blocks}
     return Audit(spec, judged.verdicts, judged.conflicts, blocks, judged)
+
+
+def _decider(decider: Decider) -> dict[str, Any]:
+    return {
+        "axis": decider.axis,
+        "holds": list(decider.holds),
+        "fails": list(decider.fails),
+        "alone": decider.alone,
+        "turns": [list(ends) for ends in decider.turns],
+    }
 
 
 def _by(figure: Figure) -> str:

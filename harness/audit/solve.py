@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from harness.audit.assemble import assemble
+from harness.audit.assume import pin_table
 from harness.audit.axes import architecture_axes
 from harness.audit.blocks import Block, evaluate
 from harness.audit.conflicts import minimal
@@ -63,6 +64,7 @@ class Solution:
         return {
             "name": self.spec.name,
             "digest": self.spec.digest,
+            "assumed": {pin.axis: list(pin.values) for pin in self.spec.pins},
             "searched": self.searched,
             "completions": self.completions,
             "impossible": list(self.impossible),
@@ -97,6 +99,7 @@ class Solution:
         heads = tuple(path.rpartition(".")[2] for path in paths)
         counts = tuple(name.rpartition(".")[2] for name in _SHOWN)
         return [
+            *([pin_table(self.spec)] if self.spec.pins else []),
             Table(title, ("gives up", "completions"), tuple(options)),
             Table("Values over all of them", ("leaf", "distinct", "values"), tuple(spread)),
             Table(

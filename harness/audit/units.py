@@ -42,6 +42,32 @@ UNITS: Mapping[str, Unit] = {
 }
 """Bytes are decimal, as data sheets print them: 1 GB is 1e9 B."""
 
+TERMS: Mapping[str, str] = {
+    **dict.fromkeys(("total", "active", "parameters", "experts", "active_experts"), "parameters"),
+    **dict.fromkeys(("attention", "attention_other", "rest", "embeddings", "feed_forward"), "parameters"),
+    **dict.fromkeys(("expert_biases", "active_matrices", "baseline"), "parameters"),
+    **dict.fromkeys(("tokens", "batch_tokens", "context", "batch"), "tokens"),
+    **dict.fromkeys(("bandwidth", "network_bandwidth"), "B/s"),
+    **dict.fromkeys(("weight_bytes", "gradient_bytes", "optimizer_bytes"), "B/parameter"),
+    **dict.fromkeys(("vision_bytes", "text_bytes"), "B/token"),
+    **dict.fromkeys(("tensor_parallel", "pipeline_parallel", "data_parallel", "expert_parallel"), "ways"),
+    **dict.fromkeys(("text_epochs", "code_epochs"), "epochs"),
+    **dict.fromkeys(("words_per_minute", "known_words_per_minute"), "words/min"),
+    **dict.fromkeys(("tokens_per_second", "known_tokens_per_second"), "tokens/s"),
+    **dict.fromkeys(("n_layers", "n_moe_layers", "layers"), "layers"),
+    **dict.fromkeys(("n_heads", "n_kv_heads", "heads"), "heads"),
+    **dict.fromkeys(("n_experts", "top_k"), "experts"),
+    "scores": "FLOP",
+    "bytes_per_parameter": "B/parameter",
+    "bytes_per_element": "B/element",
+    "gpu_memory": "B",
+    "gpu_hour_usd": "USD/h",
+    "gpus": "GPUs",
+    "days": "days",
+    "peak_flops": "FLOP/s",
+}
+"""Of the names in formulas; the others count dimensions, or are pure numbers."""
+
 COUNTED = frozenset({"layers", "experts", "heads", "ways", "epochs"})
 """Whole things that are few enough to be counted: a figure is only itself, never a rounding."""
 

@@ -9,29 +9,17 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.audit.assemble import Case, Figure, assemble
+from harness.audit.assemble import Case, assemble
 from harness.audit.blocks import Block, Patterns, Test, Values
 from harness.audit.conflicts import members_of, minimal_conflicts
+from harness.audit.deciders import Decider, Pair, deciders
+from harness.audit.figures import Figure
 from harness.audit.optima import Optima
 from harness.audit.quantities import QUANTITIES
 from harness.audit.units import Unit, slips
 from harness.spec import Claim, Spec
 
-Outcome = Literal["consistent", "contradicts", "undetermined", "not yet judged"]
-
-
-@dataclass(frozen=True)
-class Decider:
-    """An unknown and the values of it at which a figure holds, and at which it does not."""
-
-    axis: str
-    holds: tuple[float, ...]
-    fails: tuple[float, ...]
-
-    @property
-    def alone(self) -> bool:
-        """Whether this unknown alone decides: no value of it is on both sides."""
-        return not set(self.holds) & set(self.fails)
+Outcome = Literal["consistent", "undetermined", "contradicts", "not quantitative", "not yet judged"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +36,14 @@ class Finding:
     high: float
     """Of the quantity over them, in the figure's own unit."""
     decider: Decider | None
+    """If it holds at some of them only."""
+    pair: Pair | None
+    """If no axis decides alone."""
+    assumed: bool | None
+    """Whether it holds where every assumption has its own value; None where these leave it open, or are not
+    tried at other values."""
+    assumptions: Mapping[str, tuple[float, ...]]
+    """The assumptions that the quantity takes, and their values at these completions."""
     slips: tuple[str, ...]
     """How else the unit may be read, so that theory admits the figure."""
     example: Mapping[str, float]
@@ -136,11 +132,11 @@ def judge(spec: Spec) -> Judged:
     verdicts = []
     for claim in spec.claims:
         for figure in case.figures[claim.id] or (Figure((), None, Unit("")),):
-            reason = case.unjudged.get(claim.id) or figure.reason
-            tests = [(p, t) for p, t in tested if t.claim.id == claim.id and t.readings == figure.readings]
-            if reason or not tests:
-                verdicts.append(Verdict(claim, figure, "not yet judged", reason=reason))
+            unjudged = case.unjudged.get(claim.id) or figure.unjudged
+            if unjudged is not None:
+                verdicts.append(Verdict(claim, figure, unjudged.outcome, reason=unjudged.reason))
                 continue
+            tests = [(p, t) for p, t in tested if t.claim.id == claim.id and t.readings == figure.readings]
             findings = tuple(
                 _finding(case.blocks[place], test, admitted[claim.id][place], *found[place])
                 for place, test in tests
@@ -184,12 +180,15 @@ def _finding(block: Block, test: Test, admitted: Patterns, values: Values, patte
     count = int(mask.sum())
     holds = _spread(test.holds(chosen), count) if test.fits else np.zeros(count, dtype=np.bool_)
     some = 0 < holds.sum() < count
+    decider, pair = deciders(chosen.axes, holds, test.quantity.axes) if some else (None, None)
+    nominal = _nominal(chosen, count)
+    assumed = None if nominal.all() or not nominal.any() else _all_or_none(holds[nominal])
     slipped = () if holds.any() else tuple(
         name
         for name, unit in slips(test.readings[0].unit, test.quantity.dimension, test.quantity.side == "exact")
         if test.holds(chosen, unit).any()
     )  # fmt: skip
-    first = int(np.argmax(holds))
+    first = int(np.argmax(2 * holds + nominal))
     example = {name: float(array[first]) for name, array in chosen.axes.items()}
     return Finding(
         test,
@@ -197,30 +196,36 @@ def _finding(block: Block, test: Test, admitted: Patterns, values: Values, patte
         count,
         int(holds.sum()),
         *test.span(chosen),
-        _decider(chosen.axes, holds) if some else None,
+        decider,
+        pair,
+        assumed,
+        _assumptions(test, chosen),
         slipped,
         example,
         test.admitting(Values(values.spec, {name: np.array([value]) for name, value in example.items()})),
     )
 
 
+def _nominal(values: Values, count: int) -> NDArray[np.bool_]:
+    """Where every assumption has the value that the spec assumes, or the command line."""
+    found = np.ones(count, dtype=np.bool_)
+    for name, assumption in values.spec.assumptions.items():
+        if f"assumptions.{name}" in values.axes:
+            found &= values.axes[f"assumptions.{name}"] == assumption.value
+    return found
+
+
+def _assumptions(test: Test, values: Values) -> dict[str, tuple[float, ...]]:
+    names = [axis for axis in test.quantity.axes if axis.startswith("assumptions.")]
+    return {name: tuple(np.unique(values.axes[name]).tolist()) for name in names}
+
+
+def _all_or_none(holds: NDArray[np.bool_]) -> bool | None:
+    return True if holds.all() else None if holds.any() else False
+
+
 def _spread(holds: NDArray[np.bool_], count: int) -> NDArray[np.bool_]:
     return np.broadcast_to(holds, (count,))
-
-
-def _decider(axes: Mapping[str, NDArray[np.float64]], holds: NDArray[np.bool_]) -> Decider | None:
-    """The axis whose value tells best whether the figure holds; the first of equals. None if none varies."""
-    best: tuple[int, Decider] | None = None
-    for name, array in axes.items():
-        values, index = np.unique(array, return_inverse=True)
-        if len(values) < 2:
-            continue
-        yes = np.bincount(index, weights=holds, minlength=len(values))
-        no = np.bincount(index, weights=~holds, minlength=len(values))
-        wrong = int(np.minimum(yes, no).sum())
-        if best is None or wrong < best[0]:
-            best = (wrong, Decider(name, tuple(values[yes > 0].tolist()), tuple(values[no > 0].tolist())))
-    return best[1] if best else None
 
 
 def _conflicts(case: Case) -> list[Conflict]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import inf, isinf
 
+from harness.audit.deciders import Decider, Pair
 from harness.audit.quantities import argument
 from harness.audit.quantity import Side
 from harness.audit.verdicts import Finding
@@ -44,6 +45,9 @@ def theory(finding: Finding) -> str:
     """What theory says of a figure, where the other claims hold; a bound at its loosest."""
     side: Side = finding.test.quantity.side
     unit = finding.test.readings[0].unit
+    if finding.test.readings[0].value in ("yes", "no"):
+        low, high = ("no" if end == 0 else "yes" for end in (finding.low, finding.high))
+        return low if low == high else f"{low} or {high}"
     if not finding.test.fits:
         factor = finding.test.unit.factor
         return span(finding.low * factor, finding.high * factor, finding.test.quantity.dimension)
@@ -54,9 +58,9 @@ def theory(finding: Finding) -> str:
     return span(finding.low, finding.high, unit)
 
 
-def listed(values: Sequence[float]) -> str:
+def listed(values: Sequence[float], most: int = 4) -> str:
     """A few values, or the ends of many."""
-    if len(values) <= 4:
+    if len(values) <= most:
         return ", ".join(number(value) for value in values)
     return f"{len(values)} values from {number(values[0])} to {number(values[-1])}"
 
@@ -66,18 +70,65 @@ def short(axis: str) -> str:
     return f"{argument(axis)} parameters" if axis.startswith("parameters.") else argument(axis)
 
 
+def turning(decider: Decider, name: str = "") -> str:
+    """At which values of the decider's axis (`name`, if given) the figure holds, fails, or is still open."""
+    both = sorted(set(decider.holds) & set(decider.fails))
+    yes, no = ([v for v in side if v not in both] for side in (decider.holds, decider.fails))
+    if len(decider.turns) == 1:
+        low, high = decider.turns[0]
+        first, then = (("holds", yes), ("fails", no)) if low in yes else (("fails", no), ("holds", yes))
+        up_to = "up to" if len(first[1]) > 1 else "at"
+        onwards = "from" if len(then[1]) > 1 else "at"
+        return f"{first[0]} {up_to}{name} {number(low)}, {then[0]} {onwards} {number(high)}"
+    sides = (("holds at", yes), ("fails at", no), ("open at", both))
+    texts = [f"{word}{{}} {listed(values)}" for word, values in sides if values]
+    return ", ".join(text.format("" if i else name) for i, text in enumerate(texts))
+
+
 def decided(finding: Finding) -> str:
-    """Which unknown decides about a figure that holds in some completions only, and how."""
-    decider = finding.decider
+    """What decides about a figure that holds in some completions only, and at which values it turns."""
+    decider, pair = finding.decider, finding.pair
     if decider is None:
         return ""
+    ours = "" if finding.assumed is None else f"; {_verb(finding.assumed)} at what is assumed"
     if decider.axis == finding.test.quantity.name:
-        return f"the other claims leave it open: {listed(sorted({*decider.holds, *decider.fails}))}"
+        return f"the other claims leave it open: {turning(decider)}{ours}"
     if decider.alone:
-        at, off = listed(decider.holds), listed(decider.fails)
-        return f"{short(decider.axis)} decides: holds at {at}, fails at {off}"
-    both = sorted(set(decider.holds) & set(decider.fails))
-    return f"no unknown decides alone, {short(decider.axis)} comes nearest: open at {listed(both)}"
+        return f"{short(decider.axis)} decides: {turning(decider)}{ours}"
+    if pair is None:
+        return f"no unknown decides alone, {short(decider.axis)} comes nearest: {turning(decider)}{ours}"
+    names = f"{short(pair.axis)} and {short(pair.cases[0][1].axis)}"
+    nearest = f"no two unknowns decide, {names} come nearest (they tell {100 * pair.share:.0f} %)"
+    return f"{f'{names} decide' if pair.alone else nearest}: {'; '.join(cases(pair, 2))}{ours}"
+
+
+def cases(pair: Pair, limit: int) -> list[str]:
+    """What the second axis decides at each value of the first; at `limit` of them that leave it a choice."""
+    telling = [case for case in pair.cases if case[1].holds and case[1].fails]
+    kept = pair.cases if len(pair.cases) <= limit else telling[:limit]
+    texts = [f"at {short(pair.axis)} {number(value)} {_case(one)}" for value, one in kept]
+    rest = [case[1] for case in pair.cases if case not in kept]
+    answers = {bool(one.holds) for one in rest}
+    if rest and len(telling) <= limit and len(answers) == 1:
+        texts.append(f"{_verb(answers.pop())} at every other {short(pair.axis)}")
+    elif rest:
+        texts.append(f"and at {len(rest)} more")
+    return texts
+
+
+def _verb(holds: bool) -> str:
+    return "holds" if holds else "fails"
+
+
+def _case(decider: Decider) -> str:
+    if not (decider.holds and decider.fails):
+        return f"it {_verb(bool(decider.holds))}"
+    return turning(decider, f" {short(decider.axis)}")
+
+
+def assumptions(finding: Finding) -> str:
+    """The assumptions that the quantity of a figure rests on, at the values that the other claims leave."""
+    return ", ".join(f"{short(name)} {listed(values)}" for name, values in finding.assumptions.items())
 
 
 def completion(spec: Spec, values: Mapping[str, float]) -> dict[str, int | bool | float]:

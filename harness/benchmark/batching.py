@@ -23,11 +23,11 @@ from harness.implementations.reference import Reference
 from harness.reference.engine import Arrival, Iteration, Limits, Request, Sampling
 from harness.reference.engine.values import Batching
 from harness.spec import load, twin
+from harness.theory.batching import EXAMPLE_ITERATIONS as ITERATIONS
+from harness.theory.batching import EXAMPLE_OUTPUTS as OUTPUTS
+from harness.theory.batching import EXAMPLE_SLOTS as SLOTS
 from harness.theory.describe import Table
 
-SLOTS, ITERATIONS = 4, 8
-OUTPUTS = (5, 8, 4, 6, 4, 3, 2)
-"""Tokens of seven requests that fill four slots for eight iterations: the first four are one static batch."""
 MIX, REQUESTS, MIX_SLOTS, ROUNDS = "skewed:8:16", 64, 8, 3
 POLICIES: tuple[Batching, ...] = ("static", "continuous")
 GREEDY = Sampling(temperature=0)

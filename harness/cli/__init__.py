@@ -12,7 +12,7 @@ from pathlib import Path
 
 import typer
 
-from harness.cli import listing, measuring, running, specs, theory, tiny
+from harness.cli import listing, measuring, plan, planning, running, specs, theory, tiny
 
 DEBUG = "--debug"
 USAGE, SOFTWARE, CONFIG, INTERRUPTED, PIPE = 4, 70, 78, 130, 141
@@ -27,7 +27,7 @@ app = typer.Typer(
     help="Conformance and benchmarks for mixture-of-experts language models. "
     f"Any command takes {DEBUG}: a traceback in the place of a sentence.",
 )
-for part in (theory, specs, running, listing, measuring, tiny):
+for part in (theory, planning, specs, running, listing, measuring, tiny, plan):
     part.add_to(app)
 
 

@@ -12,6 +12,15 @@ from harness.cli.progress import progress
 SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help="Name of a shipped spec, or a path.")]
 
 
+AssumeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE[,VALUE]",
+        help="What if an assumption, an entry of [training] or [serving], or a leaf were this (repeatable).",
+    ),
+]
+
+
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
     for command in (describe, audit, solve):
@@ -39,13 +48,14 @@ def describe(
 def audit(
     spec: SpecArgument,
     explain: Annotated[str, typer.Option(metavar="CLAIM", help="One claim's derivation in numbers.")] = "",
+    assume: AssumeOption = None,
     form: FormatOption = Format.plain,
 ) -> None:
     """Whether the claims of a spec can be true together."""
     from harness import audit as audits
     from harness.spec import load
 
-    document = load(spec)
+    document = audits.assume(load(spec), assume or ())
     with progress(f"audit of {document.name}"):
         found = audits.explain(document, explain) if explain else audits.audit(document)
     if isinstance(found, str):
@@ -62,13 +72,14 @@ def solve(
         list[str] | None, typer.Option(metavar="CLAIM", help="A claim that has to hold (repeatable).")
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Completions to list.")] = 40,
+    assume: AssumeOption = None,
     form: FormatOption = Format.plain,
 ) -> None:
     """The dimensions that agree with as many claims of a spec as can hold together."""
     from harness import audit as audits
     from harness.spec import load
 
-    document = load(spec)
+    document = audits.assume(load(spec), assume or ())
     with progress(f"solving {document.name}"):
         found = audits.solve(document, limit=limit, keep=keep or ())
     if form is Format.json:

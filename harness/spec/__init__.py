@@ -12,13 +12,14 @@ from harness.spec.architecture import (
     RopeScaling,
     Router,
 )
-from harness.spec.document import Claim, Domain, Leaf, Reading, Source, Spec
+from harness.spec.document import Assumption, Claim, Domain, Leaf, Pin, Reading, Source, Spec
 from harness.spec.errors import SpecError
 from harness.spec.loading import load, names
 from harness.spec.twin import twin
 
 __all__ = [
     "Architecture",
+    "Assumption",
     "Attention",
     "AuxiliaryLoss",
     "Claim",
@@ -28,6 +29,7 @@ __all__ = [
     "Mla",
     "Moe",
     "Norm",
+    "Pin",
     "Reading",
     "Rope",
     "RopeScaling",

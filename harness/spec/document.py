@@ -8,8 +8,14 @@ The architecture's leaves may be plain values or tables that say how a value is 
 
 A plain value is *published* (or *leaked*, ...: `default_status`). A completion assigns every unknown.
 Beside [architecture] a file holds title, [[source]] (id, title, url), [[claim]] (id, statement, quantity,
-readings = [{ value, unit, sources }], given, assumes, kind, note) and facts in [training] and [serving]
-(a number, or a list of those that it may be).
+readings = [{ value, unit, sources }], given, assumes, kind, note), facts in [training] and [serving] (a
+number, or a list of those that it may be), and in [assumptions.NAME] what no source says and theory needs:
+
+    [assumptions.failure_rate]
+    value = 2e-5
+    values = [5e-6, 1e-5, 2e-5, 5e-5] # what is tried, to see where a verdict turns
+    unit = "1/h"
+    why = "failures of one GPU and hour in the run of Llama 3"
 """
 
 from __future__ import annotations
@@ -106,6 +112,34 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class Assumption:
+    """A number that no source gives and theory needs: an axis "assumptions.NAME"."""
+
+    name: str
+    value: float
+    """The one that is assumed; a derivation is shown there."""
+    values: tuple[float, ...]
+    """All that are tried, in ascending order, `value` among them."""
+    unit: str = ""
+    sources: tuple[str, ...] = ()
+    why: str = ""
+    line: int = 0
+
+
+@dataclass(frozen=True)
+class Pin:
+    """What a caller puts in the place of what a spec says of one axis."""
+
+    axis: str
+    """"training.gpus", "assumptions.failure_rate", "architecture.d_model"."""
+    values: tuple[Value, ...]
+    before: tuple[Value, ...]
+    """What the spec tries there."""
+    restates: tuple[str, ...] = ()
+    """Claims of the kind assumption that now state these values."""
+
+
+@dataclass(frozen=True)
 class Spec:
     """A validated document."""
 
@@ -122,7 +156,11 @@ class Spec:
     template: Mapping[str, Any]
     """[architecture] with statuses stripped and unknown leaves absent."""
     lines: Mapping[str, int] = field(default_factory=dict)
-    """Where each entry of [training] and [serving] stands: "training.tokens" -> line."""
+    """Where each entry of [training], [serving] and [assumptions] stands: "training.tokens" -> line."""
+    assumptions: Mapping[str, Assumption] = field(default_factory=dict)
+    """By name."""
+    pins: tuple[Pin, ...] = ()
+    """How this spec differs from its file (`harness.audit.assume`)."""
 
     @property
     def unknowns(self) -> tuple[Leaf, ...]:

@@ -8,14 +8,14 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 
 from harness._resources import specs_dir
 from harness.spec import domains
 from harness.spec.architecture import part_type, without_none
-from harness.spec.document import Claim, Domain, Leaf, Reading, Source, Spec
+from harness.spec.document import Assumption, Claim, Domain, Leaf, Reading, Source, Spec
 from harness.spec.errors import SpecError, did_you_mean, dotted, sentence, show, wrong_and_right
 from harness.spec.hardware import HARDWARE
 from harness.spec.locate import Path as KeyPath
@@ -108,10 +108,11 @@ class _Reader:
             serving=document.serving.model_dump(exclude_unset=True),
             lines={
                 f"{table}.{key}": nearest(self.lines, (table, key))
-                for table in ("training", "serving")
+                for table in ("training", "serving", "assumptions")
                 for key in self.raw.get(table, {})
             },
             template=template,
+            assumptions={name: self.assumption(name, a) for name, a in document.assumptions.items()},
         )
         self.check_references(spec)
         self.stop_if_wrong()
@@ -198,6 +199,11 @@ class _Reader:
             line=nearest(self.lines, ("claim", index)),
         )
 
+    def assumption(self, name: str, a: Any) -> Assumption:
+        tried = tuple(sorted({float(value) for value in (*a.values, a.value)}))
+        line = nearest(self.lines, ("assumptions", name))
+        return Assumption(name, float(a.value), tried, a.unit, tuple(a.sources), a.why, line)
+
     def check_references(self, spec: Spec) -> None:
         """Ids are unique, cited sources exist, `of` leads to a leaf and never back."""
         for table in ("source", "claim"):
@@ -211,6 +217,8 @@ class _Reader:
                 seen.setdefault(entry["id"], line)
         for leaf in spec.leaves.values():
             self.check_sources(spec, ("architecture", *leaf.path.split("."), "sources"), leaf.sources)
+        for assumption in spec.assumptions.values():
+            self.check_sources(spec, ("assumptions", assumption.name, "sources"), assumption.sources)
         for i, claim in enumerate(spec.claims):
             for k, reading in enumerate(claim.readings):
                 place = ("claim", i, "readings", k)
@@ -284,9 +292,15 @@ def _place(loc: Sequence[str | int]) -> tuple[KeyPath, list[str]]:
     place: list[str | int] = []
     siblings: list[str] = []
     for depth, part in enumerate(loc):
+        if part == "[key]":
+            continue
         model = next((k for k in kinds if part_type(k) is not None), None)
+        table = next((k for k in kinds if get_origin(k) is dict), None)
         if isinstance(part, int):
             place.append(part)
+        elif table is not None:  # its keys are the file's own
+            place.append(part)
+            kinds = _branches(get_args(table)[1])
         elif model is not None and part not in ("plain", "stated"):
             fields = model.model_fields
             siblings = list(fields)
@@ -302,6 +316,6 @@ def _place(loc: Sequence[str | int]) -> tuple[KeyPath, list[str]]:
 def _branches(annotation: Any) -> list[Any]:
     """The models that an annotation may hold: itself, its union members, its elements."""
     kind = without_none(annotation)
-    if part_type(kind) is not None or not get_args(kind):
+    if part_type(kind) is not None or not get_args(kind) or get_origin(kind) is dict:
         return [kind]
     return [leaf for inner in get_args(kind) for leaf in _branches(inner)]

@@ -7,12 +7,14 @@ architecture is written down twice.
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -132,6 +134,29 @@ class TrainingTable(Facts):
     peak_flops: Entry = Field(None, description="FLOP/s of one GPU.")
 
 
+_NAME = "^[a-z][a-z0-9_]*$"
+
+
+def _argument(name: Any) -> Any:
+    if not re.match(_NAME, str(name)):
+        raise PydanticCustomError("name", "Input should be lower-case letters, digits and _, a letter first")
+    return name
+
+
+Name = Annotated[str, Field(pattern=_NAME), BeforeValidator(_argument)]
+"""Of an assumption: an argument of the closed forms that take it."""
+
+
+class AssumptionTable(Table):
+    """A number that no source gives and theory needs; quantities take it as "assumptions.NAME"."""
+
+    value: float = Field(description="The one that is assumed.")
+    values: list[float] = Field([], description="What is tried beside it, to see where a verdict turns.")
+    unit: str = ""
+    sources: list[str] = Field([], description="Ids of [[source]] tables.")
+    why: str = Field(min_length=1, description="Why this value, and these.")
+
+
 class ServingTable(Facts):
     """One inference cluster."""
 
@@ -186,6 +211,7 @@ def document_model() -> type[BaseModel]:
         architecture=(_table_of(Architecture), ...),
         training=(TrainingTable, TrainingTable()),
         serving=(ServingTable, ServingTable()),
+        assumptions=(dict[Name, AssumptionTable], {}),
         claim=(list[ClaimTable], []),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import operator
 import random
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 
 from harness.audit import audit, explain, solve
 from harness.audit.blocks import Values
-from harness.audit.explain import names
+from harness.audit.derivation import names
 from harness.audit.wording import completion
 from harness.spec import SpecError, load
 from harness.theory import flops, parameters
@@ -54,8 +55,8 @@ def conflicts(audit_):
 def test_no_claim_is_dropped():
     """Each claim of the spec has a verdict on every figure, and those without findings say why."""
     assert [c.id for c in LEAK.claims] == list(dict.fromkeys(v.claim.id for v in AUDIT.verdicts))
-    assert all(v.reason for v in AUDIT.verdicts if v.outcome == "not yet judged")
-    assert all(v.findings for v in AUDIT.verdicts if v.outcome != "not yet judged")
+    assert all(bool(v.findings) == (v.outcome != "not quantitative") for v in AUDIT.verdicts)
+    assert all(v.reason for v in AUDIT.verdicts if v.outcome == "not quantitative")
     for claim in LEAK.claims:
         figures = [v.figure for v in AUDIT.verdicts if v.claim.id == claim.id]
         assert sum(len(figure.readings) for figure in figures) == len(claim.readings)
@@ -233,10 +234,14 @@ OPERATORS = {
     ast.Mod: operator.mod,
     ast.Pow: operator.pow,
     ast.GtE: operator.ge,
+    ast.Gt: operator.gt,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
     ast.Not: operator.not_,
 }
+FUNCTIONS = {"exp": math.exp, "log": math.log, "min": min, "max": max, "floor": math.floor, "ceil": math.ceil}
 
 
 def evaluated(node, values):
@@ -250,6 +255,8 @@ def evaluated(node, values):
             return OPERATORS[type(node.op)](evaluated(node.left, values), evaluated(node.right, values))
         case ast.UnaryOp():
             return OPERATORS[type(node.op)](evaluated(node.operand, values))
+        case ast.Call():
+            return FUNCTIONS[node.func.id](*(evaluated(one, values) for one in node.args))
         case ast.Compare():
             right = evaluated(node.comparators[0], values)
             return OPERATORS[type(node.ops[0])](evaluated(node.left, values), right)

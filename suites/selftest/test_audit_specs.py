@@ -6,61 +6,9 @@ import pytest
 
 from harness.audit import audit, solve
 from harness.spec import SpecError, load, names
+from suites.selftest.small_specs import BASE, claim, only, spec
 
-BASE = """\
-title = "a small model"
-
-[[source]]
-id = "A"
-title = "a document"
-
-[[source]]
-id = "B"
-title = "another one"
-
-[architecture]
-d_model = { status = "unknown", domain = { values = [64, 128] }, why = "not said" }
-n_layers = { value = 4, status = "leaked", sources = ["A"], domain = { values = [2, 4] } }
-vocab_size = 100
-max_positions = 32
-
-[architecture.attention]
-n_heads = 4
-head_dim = 16
-rope = { theta = 1e4 }
-
-[architecture.attention.n_kv_heads]
-status = "unknown"
-domain = { of = "attention.n_heads", values = [1], also = [1, 4, 3] }
-why = "not said"
-
-[architecture.ffn]
-d_ff = { status = "unknown", domain = { of = "d_model", values = [2.5, 4, 2.51] }, why = "not said" }
-
-[training]
-gpus = [10, 20]
-"""
-
-
-def spec(tmp_path, *claims, base=BASE):
-    """The small model with these claims."""
-    path = tmp_path / "small.toml"
-    path.write_text(base + "\n".join(claims), encoding="utf-8")
-    return load(path)
-
-
-def claim(name, quantity, *readings, extra=""):
-    """The TOML of a claim; readings are (value, unit, source)."""
-    printed = [f'{{ value = "{v}", unit = "{u}", sources = ["{s}"] }}' for v, u, s in readings]
-    lines = ", ".join(printed)
-    head = f'\n[[claim]]\nid = "{name}"\nstatement = "s"\nquantity = "{quantity}"\n'
-    return f"{head}readings = [{lines}]\n{extra}\n"
-
-
-def only(found):
-    """The single verdict of an audit."""
-    assert len(found.verdicts) == 1
-    return found.verdicts[0]
+WAITS, NO_FIGURE = "not yet judged", "not quantitative"
 
 
 def test_completions_are_models_each_counted_once(tmp_path):
@@ -105,22 +53,54 @@ def test_a_spec_without_claims_says_so(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("quantity", "reading", "reason"),
+    ("quantity", "reading", "outcome", "reason"),
     [
-        ("parameters.colour", ("1", "parameters", "A"), "does not know the quantity parameters.colour"),
-        ("parameters.total", ("1", "furlongs", "A"), "unit 'furlongs'"),
-        ("parameters.total", ("many", "parameters", "A"), "'many' is no figure"),
-        ("training.days", ("1", "days", "A"), "what training.days may be"),
-        ("training.mfu", ("1", "%", "A"), "what training.tokens, training.peak_flops, training.days may be"),
-        ("architecture.moe.top_k", ("1", "experts", "A"), "what architecture.moe.top_k may be"),
-        ("", ("1", "", "A"), "no quantity of the theory"),
+        ("parameters.colour", ("1", "", "A"), WAITS, "does not know the quantity parameters.colour"),
+        ("parameters.total", ("1", "furlongs", "A"), WAITS, "unit 'furlongs'"),
+        ("training.days", ("1", "days", "A"), WAITS, "what training.days may be"),
+        (
+            "training.mfu",
+            ("1", "%", "A"),
+            WAITS,
+            "training.tokens, training.peak_flops, training.days may be",
+        ),
+        ("architecture.moe.top_k", ("1", "experts", "A"), WAITS, "what architecture.moe.top_k may be"),
+        ("assumptions.rate", ("1", "", "A"), WAITS, "what assumptions.rate may be"),
+        (
+            "parameters.total",
+            ("many", "parameters", "A"),
+            NO_FIGURE,
+            "'many' is no figure of parameters.total",
+        ),
+        ("parameters.total", ("yes", "", "A"), NO_FIGURE, "'yes' affirms it, and is no figure"),
+        ("training.gpus", ("no", "", "A"), NO_FIGURE, "'no' denies it, and is no figure of training.gpus"),
+        ("", ("1", "", "A"), NO_FIGURE, "no quantity of the theory"),
     ],
 )
-def test_what_cannot_be_judged_says_why(tmp_path, quantity, reading, reason):
-    """An unknown quantity, unit, figure or axis leaves a claim not yet judged, with the reason."""
+def test_what_cannot_be_judged_says_why(tmp_path, quantity, reading, outcome, reason):
+    """What theory or spec lacks is not yet judged, what prints no figure is not quantitative: with the reason."""
     verdict = only(audit(spec(tmp_path, claim("c", quantity, reading))))
-    assert verdict.outcome == "not yet judged"
+    assert verdict.outcome == outcome
     assert reason in verdict.reason
+
+
+def test_a_constant_that_fixes_an_axis_needs_none_in_the_spec(tmp_path):
+    """What a claim gives need not be in the file, and is not varied where it is."""
+    given = "given = { gpus = 10, days = 2, gpu_hour_usd = 3 }"
+    cost = claim("cost", "training.cost", ("1440", "USD", "A"), extra=given)
+    assert only(audit(spec(tmp_path, cost))).outcome == "consistent"
+
+
+def test_a_block_has_the_axes_that_its_axes_are_factors_of(tmp_path):
+    """Key/value heads in ratio to heads are judged in any block, beside the heads they are a ratio of."""
+    heads = claim("heads", "architecture.attention.n_kv_heads", ("1", "heads", "A"))
+    base = BASE.replace(
+        "n_heads = 4\n",
+        'n_heads = { status = "unknown", domain = { of = "d_model", values = [0.0625] }, why = "?" }\n',
+    )
+    verdict = only(audit(spec(tmp_path, heads, base=base)))
+    assert verdict.outcome == "undetermined"
+    assert (verdict.decisive.low, verdict.decisive.high) == (1, 8)
 
 
 def test_each_figure_of_a_disagreement_is_judged_by_itself(tmp_path):

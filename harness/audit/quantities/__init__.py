@@ -13,6 +13,7 @@ show is missed.
 
 from harness.audit.quantities import systems
 from harness.audit.quantities.architecture import ARCHITECTURE, terms
-from harness.audit.quantities.registry import LINKS, QUANTITIES, argument
+from harness.audit.quantities.registry import QUANTITIES
+from harness.audit.quantity import LINKS, argument
 
 __all__ = ["ARCHITECTURE", "LINKS", "QUANTITIES", "argument", "systems", "terms"]

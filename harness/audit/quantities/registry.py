@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from harness.audit.quantity import Quantity, Side
+from harness.audit.quantity import Quantity, Side, argument, is_axis
 
 QUANTITIES: dict[str, Quantity] = {}
-
-LINKS: Mapping[str, str] = {"parameters.total": "total", "parameters.active": "active"}
-"""Counts of the architecture that other blocks take as given, and the argument they are there."""
 
 Closed = Callable[..., Any]
 
@@ -22,6 +19,8 @@ def quantity(
     """Register a closed form; its arguments that are no axis are constants which a claim gives."""
 
     def _register(compute: Closed) -> Closed:
+        if block == "architecture" and any(map(is_axis, axes)):
+            raise ValueError(f"{name}: the block of the architecture has no other axes; name another block")
         named = {argument(axis) for axis in axes}
         wanted = [p for p in inspect.signature(compute).parameters.values() if p.name not in named]
         given = tuple(p.name for p in wanted if p.default is inspect.Parameter.empty)
@@ -30,8 +29,3 @@ def quantity(
         return compute
 
     return _register
-
-
-def argument(axis: str) -> str:
-    """The argument that an axis is passed as."""
-    return LINKS.get(axis, axis.rpartition(".")[2])

@@ -1,0 +1,162 @@
+"""A model on devices as a simulated server needs it: what an iteration takes, and the room for caches.
+
+Letters: p pipeline stages, d data-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from harness.planning.scheduling import Cache, Policy
+from harness.planning.workload import Workload
+from harness.spec.architecture import Architecture
+from harness.spec.errors import SpecError
+from harness.spec.hardware import Hardware
+from harness.theory import states
+from harness.theory.efficiency import IDEAL, Efficiency
+from harness.theory.fitting import refuse
+from harness.theory.inference import Pass, Pricer, pipeline_times, pricer
+from harness.theory.layout import Layout, check
+from harness.theory.precision import Precision
+from harness.theory.sharding import contents, telling_stages
+
+REMEMBERED = 100_000
+"""Sizes of a pass whose time without attention is kept."""
+
+
+class Priced:
+    """Step times of `harness.theory.inference`, quick for passes of a size that was priced before.
+
+    All of a pass but its attention depends on how many tokens it has, and is priced once for each number. In
+    a pipeline the batch runs as up to p microbatches, and an iteration takes until each has come round.
+    """
+
+    def __init__(self, priced: Pricer, verified: int = 1) -> None:
+        """`verified`: tokens that each request decodes in one pass, g + 1 where g are drafted."""
+        self.priced, self.verified = priced, verified
+        self.stages = int(priced.layout.pipeline_parallel)
+        self.rest: dict[tuple[float, float], float] = {}
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that a window layer sees, where there is one."""
+        return self.priced.architecture.attention.window
+
+    def seconds(
+        self,
+        tokens: float,
+        sequences: float,
+        cached: float,
+        pairs: float,
+        window_cached: float = 0,
+        window_pairs: float = 0,
+        absorbed: float = 0,
+        expanded: float = 0,
+    ) -> float:
+        """`Pricer.of` of the Pass of these counts, or the period of its microbatches."""
+        one = self.priced
+        if self.stages > 1:
+            whole = Pass(tokens, sequences, cached, pairs, window_cached, window_pairs, absorbed, expanded)
+            microbatches = min(self.stages, max(1.0, sequences // self.verified))
+            return float(pipeline_times(one, whole, microbatches).period)
+        rest = self.rest.get((tokens, sequences))
+        if rest is None:
+            if len(self.rest) >= REMEMBERED:
+                self.rest.clear()
+            written = tokens * (one.cache_full + one.cache_window)
+            rest = float(one.of(Pass(tokens, sequences, 0, 0))) - written
+            self.rest[tokens, sequences] = rest
+        multiplied: float = (
+            pairs * one.pair_full
+            + window_pairs * one.pair_window
+            + absorbed * one.pair_absorbed
+            + expanded * one.expansion
+        )
+        read: float = (cached + tokens) * one.cache_full + (window_cached + tokens) * one.cache_window
+        return rest + max(multiplied, read)
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A model on devices."""
+
+    architecture: Architecture
+    hardware: Hardware
+    layout: Layout
+    precision: Precision
+    efficiency: Efficiency = IDEAL
+    skew: float = 0.0
+    """Popularity of experts falls as i^-skew."""
+    reserve: float = 0.1
+    """Share of memory for what theory does not count: the runtime, buffers, fragments."""
+
+    def steps(self, policy: Policy) -> Priced:
+        """What iterations take. Raises SpecError for a layout that nothing can run, or a missing format."""
+        check(self.architecture, self.layout)
+        priced = pricer(
+            self.architecture, self.hardware, self.layout, self.precision, self.efficiency, self.skew
+        )
+        return Priced(priced, 1 + policy.draft_length)
+
+    def cache(self, load: Workload, policy: Policy) -> Cache:
+        """Room beside weights and the largest pass, on the stage where it is scarcest for its layers.
+
+        All data-parallel ranks' together: requests are taken to be spread over them evenly.
+        Raises SpecError where a request is longer than the model's positions, or fits into no memory.
+        """
+        longest = int((load.prompts + load.outputs).max())
+        if longest > (positions := self.architecture.max_positions):
+            raise SpecError(
+                f"a request of {longest:,} tokens, and the model has {positions:,} positions; give fewer"
+            )
+        shares = int(self.layout.data_parallel)
+        slots = -(-policy.slots // shares)
+        tokens = -(-policy.chunk // shares) if policy.chunk else slots * int(load.prompts.max())
+        found: list[tuple[float, int, float]] = []
+        for stage in telling_stages(self.architecture, self.layout):
+            need = states.serving_memory(
+                self.architecture,
+                self.layout,
+                self.precision,
+                batch=1,
+                context=longest,
+                stage=stage,
+                tokens=tokens,
+            )
+            refuse(need, self.hardware, 1 - self.reserve)
+            room = (1 - self.reserve) * self.hardware.memory.value - (need.total - need.cache)
+            found.append((room / need.cache, stage, room))
+        _, stage, room = min(found)
+        window = self.architecture.attention.window
+        if window is None:
+            return Cache(shares * room, self._held(stage, 1))
+        per_token = self._held(stage, window + 1) - self._held(stage, window)
+        return Cache(shares * room, per_token, self._held(stage, 1) - per_token, window)
+
+    def _held(self, stage: int, tokens: int) -> float:
+        """Bytes of cache of one sequence on one rank."""
+        held = contents(self.architecture, self.layout, stage)
+        return float(states.sequence_cache(self.architecture, self.layout, self.precision, held, tokens))
+
+
+def divided(
+    gpus: int,
+    *,
+    tensor_parallel: int | None = None,
+    pipeline_parallel: int = 1,
+    data_parallel: int = 1,
+    expert_parallel: int = 1,
+) -> Layout:
+    """A layout of `gpus` devices; unless it is given, tensor parallelism takes what the others leave.
+
+    Raises SpecError where the ways do not multiply to `gpus`.
+    """
+    left = max(1, gpus // (pipeline_parallel * data_parallel))
+    tensor = left if tensor_parallel is None else tensor_parallel
+    layout = Layout(tensor, pipeline_parallel, data_parallel, expert_parallel)
+    if layout.devices != gpus:
+        raise SpecError(
+            f"{tensor} tensor x {pipeline_parallel} pipeline x {data_parallel} data-parallel ways take "
+            f"{layout.devices} GPUs, and there are {gpus}; give ways whose product is {gpus}"
+        )
+    return layout

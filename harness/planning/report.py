@@ -1,0 +1,127 @@
+"""What a search found, as tables and as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from harness.planning.selection import Found
+from harness.theory.describe import Table
+
+Column = tuple[str, Callable[[Mapping[str, Any]], object]]
+"""A header, and what stands under it."""
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The layouts that fit, best first, those that nothing beats, and what rules the others out."""
+
+    goal: str
+    title: str
+    """Of what, on what, for what."""
+    by: str
+    """What the ranking is by."""
+    axes: tuple[str, str]
+    """Facts that the front trades for each other."""
+    columns: tuple[Column, ...]
+    rows: int
+    """Of a table at most."""
+    evaluated: int
+    """Layouts whose time and memory were computed."""
+    fitting: int
+    ranked: tuple[Found, ...]
+    front: tuple[Found, ...]
+    excluded: tuple[Found, ...]
+    """The best of those that break a limit."""
+    broken: Mapping[str, tuple[int, int]]
+    """For each limit how many layouts break it, and how many break it alone."""
+    impossible: Mapping[str, tuple[int, str]]
+    """Reasons why combinations of ways cannot run at all: how many, and a sentence on one of them."""
+
+    def tables(self) -> Iterator[Table]:
+        """The same for people."""
+        headers = tuple(header for header, _ in self.columns)
+        fit = f"{self.fitting:,} of {self.evaluated:,} layouts fit"
+        yield Table(f"{self.title}: {fit}, the best by {self.by}", headers, self._rows(self.ranked))
+        first, second = self.axes
+        some = _spread(self.front, max(2, self.rows))
+        front = f"Nothing is better in both {_spoken(first)} and {_spoken(second)}"
+        yield Table(f"{front}: {len(some)} of {len(self.front)}", headers, self._rows(some))
+        rows = tuple(
+            (*row, "; ".join(one.why))
+            for row, one in zip(self._rows(self.excluded), self.excluded, strict=True)
+        )
+        yield Table(f"Ruled out, the best by {self.by} if it could be", (*headers, "because"), rows)
+        limits = tuple((name, some, alone) for name, (some, alone) in self.broken.items())
+        yield Table("What rules them out", ("limit", "layouts that break it", "that break it alone"), limits)
+        impossible = tuple((name, count, text) for name, (count, text) in self.impossible.items())
+        yield Table("Combinations that cannot run", ("because", "combinations", "for example"), impossible)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same, ready for json.dumps: every fact in its unit, bytes and seconds and USD."""
+        return {
+            "goal": self.goal,
+            "title": self.title,
+            "by": self.by,
+            "evaluated": self.evaluated,
+            "fitting": self.fitting,
+            "ranked": _facts(self.ranked),
+            "front": {"axes": list(self.axes), "layouts": _facts(self.front)},
+            "excluded": _facts(self.excluded),
+            "limits": {name: {"broken": some, "alone": one} for name, (some, one) in self.broken.items()},
+            "impossible": {
+                name: {"combinations": count, "example": text}
+                for name, (count, text) in self.impossible.items()
+            },
+        }
+
+    def _rows(self, found: Sequence[Found]) -> tuple[tuple[object, ...], ...]:
+        return tuple(tuple(cell(one.facts) for _, cell in self.columns) for one in found)
+
+
+def _spread(found: Sequence[Found], most: int) -> Sequence[Found]:
+    """At most so many of them, evenly spaced, both ends among them."""
+    if len(found) <= most:
+        return found
+    return [found[round(place * (len(found) - 1) / (most - 1))] for place in range(most)]
+
+
+def _facts(found: Sequence[Found]) -> list[dict[str, Any]]:
+    return [dict(one.facts) | {"ruled_out_by": list(one.why)} for one in found]
+
+
+def _spoken(name: str) -> str:
+    return {"usd_per_1k": "USD per 1,000 tokens", "tpot": "TPOT", "gpus": "GPUs"}.get(
+        name, name.replace("_", " ")
+    )
+
+
+def plain(header: str, name: str) -> Column:
+    """A fact as it is."""
+    return header, lambda facts: facts[name]
+
+
+def scaled(header: str, name: str, unit: float) -> Column:
+    """A fact in a larger or smaller unit."""
+    return header, lambda facts: facts[name] / unit
+
+
+def rounded(header: str, name: str) -> Column:
+    """A large fact, to the nearest whole number."""
+    return header, lambda facts: round(facts[name])
+
+
+def percent(header: str, name: str) -> Column:
+    """A share."""
+    return header, lambda facts: f"{facts[name]:.1%}"
+
+
+WAYS: tuple[Column, ...] = (
+    plain("GPUs", "gpus"),
+    plain("TP", "tensor_parallel"),
+    plain("PP", "pipeline_parallel"),
+    plain("DP", "data_parallel"),
+    plain("EP", "expert_parallel"),
+)

@@ -1,0 +1,1 @@
+"""Theory held against what was published and measured."""
