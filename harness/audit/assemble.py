@@ -173,7 +173,8 @@ def _reason(spec: Spec, claim: Claim, quantity: Quantity | None) -> Unjudged | N
     if not claim.readings:
         return Unjudged("not quantitative", "no source prints a value")
     if quantity is not None:
-        missing = [axis for axis in quantity.bound(claim.given).axes if not _has_axis(spec, axis)]
+        free = [axis for axis in quantity.axes if argument(axis) not in claim.given]
+        missing = [axis for axis in free if not _has_axis(spec, axis)]
         if missing:
             return Unjudged("not yet judged", f"the spec does not say what {', '.join(missing)} may be")
     elif not is_axis(name):
@@ -237,6 +238,7 @@ def _check_given(spec: Spec, claim: Claim, quantity: Quantity) -> None:
 _KINDS: Mapping[str, tuple[type, str]] = {
     "convention": (str, "give the name of a convention"),
     "exact": (bool, "give true or false"),
+    "lengths": (list, "give a list of tokens, one number for each sequence"),
 }
 """Constants that are no numbers."""
 

@@ -54,6 +54,24 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One axis that alone, the others as they are, turns what a figure does at one completion."""
+
+    axis: str
+    values: tuple[float, ...]
+    """Those at which the figure does the other, ascending."""
+
+
+def steps(axes: Mapping[str, Numbers], holds: Truths, start: int) -> tuple[Step, ...]:
+    """Every axis that turns what the figure does at the completion `start`, and at which values."""
+    same = {name: array == array[start] for name, array in axes.items()}
+    alike = np.sum(list(same.values()), axis=0)
+    turned = (alike == len(axes) - 1) & (holds != holds[start])
+    found = {name: np.unique(axes[name][turned & ~same[name]]).tolist() for name in axes}
+    return tuple(Step(name, tuple(values)) for name, values in found.items() if values)
+
+
+@dataclass(frozen=True)
 class _Varied:
     """An axis that takes several values, and which of them each completion has."""
 

@@ -39,6 +39,7 @@ UNITS: Mapping[str, Unit] = {
     "ways": Unit("ways"),
     "epochs": Unit("epochs"),
     "stages": Unit("stages"),
+    "sequences": Unit("sequences"),
 }
 """Bytes are decimal, as data sheets print them: 1 GB is 1e9 B."""
 
@@ -68,7 +69,7 @@ TERMS: Mapping[str, str] = {
 }
 """Of the names in formulas; the others count dimensions, or are pure numbers."""
 
-COUNTED = frozenset({"layers", "experts", "heads", "ways", "epochs"})
+COUNTED = frozenset({"layers", "experts", "heads", "ways", "epochs", "sequences"})
 """Whole things that are few enough to be counted: a figure is only itself, never a rounding."""
 
 _EXCHANGED: Mapping[str, tuple[str, ...]] = {

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from harness.audit.assemble import Case, assemble
 from harness.audit.blocks import Block, Patterns, Test, Values
 from harness.audit.conflicts import members_of, minimal_conflicts
-from harness.audit.deciders import Decider, Pair, deciders
+from harness.audit.deciders import Decider, Pair, Step, deciders, steps
 from harness.audit.figures import Figure
 from harness.audit.optima import Optima
 from harness.audit.quantities import QUANTITIES
@@ -39,6 +39,8 @@ class Finding:
     """If it holds at some of them only."""
     pair: Pair | None
     """If no axis decides alone."""
+    steps: tuple[Step, ...]
+    """From the example, if it holds at some of them only."""
     assumed: bool | None
     """Whether it holds where every assumption has its own value; None where these leave it open, or are not
     tried at other values."""
@@ -47,7 +49,7 @@ class Finding:
     slips: tuple[str, ...]
     """How else the unit may be read, so that theory admits the figure."""
     example: Mapping[str, float]
-    """One of these completions, where the figure holds if it does anywhere."""
+    """One of these completions: with every assumption at its own value if there is one, then one that holds."""
     conventions: tuple[str, ...]
     """Those that the figure may be counted under to hold there, if its claim names none."""
 
@@ -188,7 +190,8 @@ def _finding(block: Block, test: Test, admitted: Patterns, values: Values, patte
         for name, unit in slips(test.readings[0].unit, test.quantity.dimension, test.quantity.side == "exact")
         if test.holds(chosen, unit).any()
     )  # fmt: skip
-    first = int(np.argmax(2 * holds + nominal))
+    first = int(np.argmax(2 * nominal + holds))
+    held = first if holds[first] else int(np.argmax(holds))
     example = {name: float(array[first]) for name, array in chosen.axes.items()}
     return Finding(
         test,
@@ -198,11 +201,12 @@ def _finding(block: Block, test: Test, admitted: Patterns, values: Values, patte
         *test.span(chosen),
         decider,
         pair,
+        steps(chosen.axes, holds, first) if some else (),
         assumed,
         _assumptions(test, chosen),
         slipped,
         example,
-        test.admitting(Values(values.spec, {name: np.array([value]) for name, value in example.items()})),
+        test.admitting(Values(values.spec, {name: array[[held]] for name, array in chosen.axes.items()})),
     )
 
 

@@ -98,8 +98,23 @@ def decided(finding: Finding) -> str:
     if pair is None:
         return f"no unknown decides alone, {short(decider.axis)} comes nearest: {turning(decider)}{ours}"
     names = f"{short(pair.axis)} and {short(pair.cases[0][1].axis)}"
-    nearest = f"no two unknowns decide, {names} come nearest (they tell {100 * pair.share:.0f} %)"
-    return f"{f'{names} decide' if pair.alone else nearest}: {'; '.join(cases(pair, 2))}{ours}"
+    if pair.alone:
+        return f"{names} decide: {'; '.join(cases(pair, 2))}{ours}"
+    return f"no two unknowns decide, {names} come nearest{_steps(finding)}"
+
+
+def _steps(finding: Finding) -> str:
+    """From where the derivation stands, which single change turns the figure."""
+    where = "where it is derived" if finding.assumed is None else "at what is assumed"
+    changes = " or ".join(f"{short(one.axis)} {listed(one.values)}" for one in finding.steps[:_CHANGES])
+    if not changes:
+        return ""
+    holds = (
+        finding.assumed
+        if finding.assumed is not None
+        else all(value == finding.example[name] for name, value in ())
+    )
+    return f"; {_verb(holds)} {where}, {_verb(not holds)} there with {changes}"
 
 
 def cases(pair: Pair, limit: int) -> list[str]:

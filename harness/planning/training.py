@@ -5,7 +5,6 @@ Letters: N layouts, K stages that may need most memory.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -107,7 +106,7 @@ def plan(
     """
     counted("batch", batch_tokens)
     counted("sequence", context)
-    counted("run", tokens, math.inf)
+    counted("run", tokens, 1e30)
     sequences = batch_tokens / context
     constraints = parse_all(question.constraints, CONSTRAINED)
     architecture, impossible = question.architecture, layouts.RuledOut()

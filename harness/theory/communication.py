@@ -23,6 +23,7 @@ from harness.theory.layout import Layout
 from harness.theory.memory import cached_width
 
 Direction = Literal["forward", "backward"]
+DIRECTIONS: tuple[Direction, Direction] = ("forward", "backward")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Each operation reads its inputs and writes its output once, in `element` bytes (
 arXiv 2205.05198, section 4.1, lists them; fused neighbours count as one): two norms 2 D each, two additions
 to the residual stream 3 D each, the activation 2 F (3 F if gated), rotary embedding 2 (H + G) h. Experts
 take K F, and K D four times more, to sort tokens by expert and back. Without flash attention scores are
-written, normalised and read again: 4 H S. With it they never reach memory (Dao et al. 2022, arXiv 2205.14135).
+written, normalised and read again: 4 H S; with it they stay on the chip (Dao et al. 2022, arXiv 2205.14135).
 Backward moves twice as much: an operation reads a gradient beside its input, and writes one.
 """
 

@@ -27,7 +27,6 @@ from harness.theory.elementwise import moved_bytes
 from harness.theory.layout import Layout, check
 from harness.theory.training import FlopConvention
 
-WAYS: tuple[Direction, Direction] = ("forward", "backward")
 ADAM_BYTES = 28
 """Moved per parameter by an update: a 16-bit gradient, 32-bit weight, momentum and variance read; those
 three and the 16-bit weight written (the states of Rajbhandari et al. 2020, arXiv 1910.02054, section 3.1)."""
@@ -205,7 +204,7 @@ def training_step(
 
     forward, backward = (
         _sent(architecture, layout, hardware, tokens, way, element, efficiency.network, overlap)
-        for way in WAYS
+        for way in communication.DIRECTIONS
     )
     moved = moved_bytes(architecture, layout, context, element)
     byte = tokens / (hardware.bandwidth.value * efficiency.memory)  # seconds of one byte per token

@@ -2,13 +2,17 @@
 
 Letters: R rows, A algorithms of an all-reduce. Arrays of [R] or [A, R]; all seconds unless said.
 
-A pass's time is linear in the reciprocals of the efficiencies but for maxima and minima between its terms, so
-that the terms are taken once from `harness.theory.roofline` at ideal rates and put together for any constants:
-what `Pricer.of` gives with those constants, for all rows at once (tested on every row).
+A pass's time is linear in the reciprocals of the efficiencies but for maxima and minima between its terms,
+so that the terms are taken once from `harness.theory.roofline` at ideal rates and put together for any
+constants: what `Pricer.of` gives with those constants, for all rows at once (tested on every row).
 
-How a pass comes about: clients keep C requests in flight, of which n run, as many as fit the memory. Each
-holds its place for N passes, so that (n - 1) / N prompts of others join each pass on average: one prompt every
-N / (n - 1) passes, or several in each pass.
+TPOT. Clients keep C requests in flight, of which n run, as many as fit the memory. Each holds its place for N
+passes, so that (n - 1) / N prompts of others join each pass on average: one prompt every N / (n - 1) passes,
+or several in each. TPOT is the mean of the passes with and without.
+
+TTFT. A request is taken in, waits for some passes, for the prompts that came with it (a share of those
+running: clients of a closed loop arrive in waves, all of them at first) and its own, and, where not all in
+flight fit, for the C - n before it, of which n leave in N passes.
 """
 
 from __future__ import annotations
@@ -27,31 +31,15 @@ from harness.theory.layout import Layout
 from harness.theory.passes import Pass, decode, prefill
 from harness.theory.roofline import pricer
 from harness.theory.states import serving_memory
+from harness.validation.silicon_constants import ENGINES, Constants
 from harness.validation.silicon_rows import Row
 
 Floats = NDArray[np.float64]
 USABLE = 0.92
 """Share of a device's memory that engines give to weights and caches: their settings are 0.85 to 0.95."""
-ENGINES = ("trtllm", "vllm", "sglang")
 WIDTHS = tuple(
     f"{kind}_parallel" for kind in ("tensor", "pipeline", "data", "expert", "expert_tensor", "context")
 )
-
-
-@dataclass(frozen=True)
-class Constants:
-    """What is fitted: `Efficiency` with one `kernel_seconds` for each engine."""
-
-    compute: float
-    experts: float
-    memory: float
-    cache: float
-    network: float
-    latency: float
-    kernel_trtllm: float
-    kernel_vllm: float
-    kernel_sglang: float
-    sequence_seconds: float
 
 
 @dataclass(frozen=True)
@@ -65,6 +53,8 @@ class Passes:
     """Number of new tokens."""
     sampled: Floats
     """Number of tokens that one data-parallel rank samples."""
+    prompts: Floats
+    """1 where it holds prompts, else 0."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +73,8 @@ class Terms:
     others: tuple[Floats, Floats]
     kernels: Floats
     engine: NDArray[np.int_]
+    output: Floats
+    """Number of tokens of a request."""
     running: Floats
     """Number of sequences that run at once."""
     waiting: Floats
@@ -94,10 +86,10 @@ class Terms:
         """One pass of each row."""
         computes = (c.compute, c.compute * c.experts, c.compute, c.compute)
         reads = (c.memory, c.memory, c.memory * c.cache, c.memory)
-        total = self.kernels * self._kernel(c) + passes.sampled * c.sequence_seconds
-        for computing, reading, at, by in zip(
-            passes.computing, passes.reading, computes, reads, strict=True
-        ):
+        kernel = np.array([getattr(c, f"kernel_{name}") for name in ENGINES])[self.engine]
+        total = self.kernels * (kernel + passes.prompts * c.launch_seconds)
+        total = total + passes.sampled * c.sequence_seconds
+        for computing, reading, at, by in zip(passes.computing, passes.reading, computes, reads, strict=True):
             total = total + np.maximum(computing / at, reading / by)
         lines = [fixed * c.latency + passes.tokens * slope / c.network for fixed, slope in self.reductions]
         total = total + np.minimum.reduce(lines)
@@ -108,8 +100,11 @@ class Terms:
         alone, joined = self.seconds(self.decoding, c), self.seconds(self.mixed, c)
         return alone + self.mixing * (joined - alone)
 
-    def _kernel(self, c: Constants) -> Floats:
-        return np.array([getattr(c, f"kernel_{name}") for name in ENGINES])[self.engine]
+    def ttft(self, c: Constants, tpot: Floats, own: Floats) -> Floats:
+        """Seconds to the first token, given those of an output token and of a pass of one prompt alone."""
+        request = np.array([getattr(c, f"request_{name}") for name in ENGINES])[self.engine]
+        queued = self.waiting / self.running * self.output * tpot
+        return request + c.passes * tpot + own * (1 + c.burst * self.running) + queued
 
 
 def terms(rows: Sequence[Row]) -> Terms:
@@ -121,6 +116,12 @@ def terms(rows: Sequence[Row]) -> Terms:
     order = np.argsort(np.concatenate([np.array(group) for group in groups.values()]), kind="stable")
     joined: Terms = _joined(parts, order)
     return joined
+
+
+def of_rows(all_rows: Terms, chosen: NDArray[np.int_]) -> Terms:
+    """The terms of some rows by their indices."""
+    some: Terms = _joined([all_rows], chosen)
+    return some
 
 
 def _group(rows: Sequence[Row]) -> Terms:
@@ -138,20 +139,22 @@ def _group(rows: Sequence[Row]) -> Terms:
         for batch in (0, 1)
     )
     room = USABLE * hardware.memory.value - empty.total
-    slots = np.floor(room / (full.cache)) * data
+    slots = np.floor(room / full.cache) * data
     holds = slots >= data
     running = np.where(holds, np.minimum(clients, slots), clients)
+    like = running.shape
     share = np.maximum(running - 1, 0) / output
     decoding = decode(architecture, running, prompt + output / 2)
     joining = prefill(architecture, np.maximum(share, 1), prompt)
 
     def passes(of: Pass) -> Passes:
         classes = priced.classes(of)
-        spread = [np.broadcast_to(np.asarray(x, dtype=float), running.shape) for pair in classes for x in pair]
-        return Passes(tuple(spread[::2]), tuple(spread[1::2]), of.tokens, of.sequences / data)
+        spread = [np.broadcast_to(np.asarray(x, dtype=float), like) for pair in classes for x in pair]
+        prompts = 1.0 * (of.tokens > of.sequences)
+        return Passes(tuple(spread[::2]), tuple(spread[1::2]), of.tokens, of.sequences / data, prompts)
 
     def wide(line: tuple[Any, Any]) -> tuple[Floats, Floats]:
-        first, second = (np.broadcast_to(np.asarray(x, dtype=float), running.shape) for x in line)
+        first, second = (np.broadcast_to(np.asarray(x, dtype=float), like) for x in line)
         return first, second
 
     return Terms(
@@ -163,6 +166,7 @@ def _group(rows: Sequence[Row]) -> Terms:
         wide(priced.links.others),
         np.full(len(rows), float(kernels(architecture, one.precision))),
         np.array([ENGINES.index(row.engine) for row in rows]),
+        output,
         running,
         clients - running,
         holds,

@@ -46,7 +46,7 @@ def test_distinct_experts_are_those_of_every_choice_written_out() -> None:
 
 
 def test_the_spread_of_touched_experts_is_that_of_every_choice() -> None:
-    """Variance less covariance of two experts being touched, and of their loads, from all choices written out."""
+    """Variance less covariance, of touched experts and of loads, is that of all choices written out."""
     n_experts, top_k, tokens = 5, 2, 3
     choices = list(combinations(range(n_experts), top_k))
     loads = np.array(
@@ -151,7 +151,7 @@ def test_routing_moments_keep_their_bounds(
 
 
 def test_a_table_of_skewed_routing_is_the_function() -> None:
-    """Between its points the table is within 1e-3 of the share and 2e-3 of the spread, for numbers and arrays."""
+    """Between its points the table is within 1e-3 of the share, 2e-3 of the spread, for numbers and arrays."""
     table = routing.touched_table(128, 8, 0.8)
     tokens = np.geomspace(0.5, 1e5, 91)
     exact, found = routing.touched(128, 8, tokens, 0.8), table(tokens)
@@ -166,7 +166,7 @@ def test_a_table_of_skewed_routing_is_the_function() -> None:
 
 
 def test_the_largest_of_normals_is_tabulated_right() -> None:
-    """Expected maxima of 2 and 3 standard normals are 1 / sqrt(pi) and 3 / (2 sqrt(pi)); an array keeps its shape."""
+    """Maxima of 2 and 3 standard normals are 1 / sqrt(pi) and 3 / (2 sqrt(pi)); arrays keep their shape."""
     found = routing.expected_maximum_normal(np.array([[1, 2], [3, 2]]))
     expected = np.array([[0, 1], [1.5, 1]]) / math.sqrt(math.pi)
     np.testing.assert_allclose(found, expected, atol=1e-6)  # midpoints of width 1e-3: error of order 1e-7

@@ -11,9 +11,9 @@ completion of one block satisfies is in conflict for certain, while a conflict t
 show is missed.
 """
 
-from harness.audit.quantities import systems
+from harness.audit.quantities import causes, regimes, systems
 from harness.audit.quantities.architecture import ARCHITECTURE, terms
 from harness.audit.quantities.registry import QUANTITIES
 from harness.audit.quantity import LINKS, argument
 
-__all__ = ["ARCHITECTURE", "LINKS", "QUANTITIES", "argument", "systems", "terms"]
+__all__ = ["ARCHITECTURE", "LINKS", "QUANTITIES", "argument", "causes", "regimes", "systems", "terms"]

@@ -13,7 +13,7 @@ from harness.theory import batching, routing, serving, speculation
 # What fits a GPU beside the weights
 
 MEMORY = "serving memory"
-_TOKEN = "2 * layers / pipeline_parallel * kv_heads * head_dim * bytes_per_element"
+_CACHED = "2 * layers / pipeline_parallel * kv_heads * head_dim * bytes_per_element"
 
 
 def _held(
@@ -34,7 +34,7 @@ def _held(
     "B",
     MEMORY,
     "total * bytes_per_parameter / (tensor_parallel * pipeline_parallel)"
-    f" + batch * context * cache_fill * {_TOKEN}",
+    f" + batch * context * cache_fill * {_CACHED}",
     "parameters.total",
     "serving.tensor_parallel",
     "serving.pipeline_parallel",
@@ -67,7 +67,7 @@ def _memory_exceeded(
     "",
     MEMORY,
     "(memory - total * bytes_per_parameter / (tensor_parallel * pipeline_parallel))"
-    f" / (context * cache_fill * {_TOKEN}) < batch",
+    f" / (context * cache_fill * {_CACHED}) < batch",
     "parameters.total",
     "serving.tensor_parallel",
     "serving.pipeline_parallel",
@@ -116,7 +116,8 @@ def _layer_fits(
     "memory.cache_over_weights",
     "x",
     "cache over weights",
-    "2 * layers * heads * head_dim * bytes_per_element * context * batch / (parameters * bytes_per_parameter)",
+    "2 * layers * heads * head_dim * bytes_per_element * context * batch"
+    " / (parameters * bytes_per_parameter)",
     "serving.bytes_per_parameter",
 )
 def _cache_over_weights(
@@ -135,9 +136,8 @@ def _cache_over_weights(
 
 # Bound by bandwidth, or by compute
 
-INTENSITY = "intensity of experts"
-_PER_PASS = "(batch * top_k / n_experts / microbatches_in_flight)"
-_INTENSITY_AXES = (
+_SHARE = "(batch * top_k / n_experts / microbatches_in_flight)"
+_SHARED = (
     "serving.batch",
     "architecture.moe.n_experts",
     "architecture.moe.top_k",
@@ -148,9 +148,10 @@ _INTENSITY_AXES = (
 @quantity(
     "roofline.decode_is_bound_by_bandwidth",
     "",
-    INTENSITY,
-    f"(2 * {_PER_PASS} / bytes_of_weight < balance) * (2 * prompt * top_k / n_experts / bytes_of_weight > balance)",
-    *_INTENSITY_AXES,
+    "bound of decode",
+    f"(2 * {_SHARE} / bytes_of_weight < balance)"
+    " * (2 * prompt * top_k / n_experts / bytes_of_weight > balance)",
+    *_SHARED,
 )
 def _decode_bound(
     batch: Any,
@@ -174,9 +175,9 @@ def _decode_bound(
 @quantity(
     "serving.output_over_input_cost",
     "x",
-    INTENSITY,
-    f"max(1, balance * bytes_of_weight / (2 * {_PER_PASS}))",
-    *_INTENSITY_AXES,
+    "input and output",
+    f"max(1, balance * bytes_of_weight / (2 * {_SHARE}))",
+    *_SHARED,
 )
 def _output_over_input(
     batch: Any,
@@ -246,9 +247,13 @@ _ROUND = "((1 - acceptance ** (length + 1)) / (1 - acceptance))"
 )
 def _pays(acceptance: Any, draft_cost: Any, length: float) -> Any:
     """Whether a round of `length` proposals is worth a pass that costs the same whatever it holds, and is not
-    worth one that costs in proportion to its tokens: 1 or 0 (Leviathan et al. 2023, arXiv 2211.17192, 3.3)."""
-    tokens = speculation.expected_tokens(acceptance, length)
-    return ((tokens > 1 + length * draft_cost) * (tokens < 1 + length)) * 1.0
+    worth one that costs in proportion to its tokens: 1 or 0.
+
+    Leviathan et al. 2023, arXiv 2211.17192, theorems 3.8 and 3.11; a draft's own operations would only add.
+    """
+    gains = speculation.speed_up(acceptance, int(length), draft_cost)
+    costs = speculation.operations(acceptance, int(length), 0)
+    return ((gains > 1) * (costs > 1)) * 1.0
 
 
 @quantity(
@@ -261,7 +266,10 @@ def _pays(acceptance: Any, draft_cost: Any, length: float) -> Any:
 )
 def _best_length(acceptance: Any, draft_cost: Any) -> Any:
     """The draft length of the largest speed-up while a pass costs the same whatever it holds."""
-    return speculation.best_length(acceptance, draft_cost)
+    found = np.vectorize(
+        lambda a, c: speculation.best_length(a, lambda length: 1 + length * c), otypes=[float]
+    )
+    return found(acceptance, draft_cost)
 
 
 # Batching, and what a cluster costs over a day
@@ -270,7 +278,7 @@ def _best_length(acceptance: Any, draft_cost: Any) -> Any:
 @quantity("batching.finished_sequences", "sequences", "batching", "finished(lengths, slots, iterations)")
 def _finished(lengths: list[int], slots: int, iterations: int) -> Any:
     """Sequences that continuous batching finishes, each taking the first slot that is free, in order."""
-    return batching.finished(lengths, slots, iterations)
+    return batching.continuous(lengths, slots).ended(iterations)
 
 
 @quantity(
@@ -289,7 +297,7 @@ def _cost_over_davinci(active: Any, utilisation_of_davinci: Any, baseline: float
 @quantity("serving.cost_without_reuse", "x", "load", "1 / load", "assumptions.load")
 def _cost_without_reuse(load: Any) -> Any:
     """What a token costs when the devices are paid for all day, over what it costs while they are in use."""
-    return 1 / load
+    return serving.cost_factor_at_load(load)
 
 
 @quantity(

@@ -1,0 +1,123 @@
+"""The documents beside one another, the counts of verdicts, and an explanation of every claim."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from harness.audit import audit, explain
+from harness.audit.explain import lines
+from harness.audit.sources import OUTCOMES, documents
+from harness.spec import load, names
+from suites.selftest.small_specs import claim, spec
+
+AUDITS = {name: audit(load(name)) for name in names()}
+LEAK = AUDITS["gpt4-leak"]
+
+
+def table(audited, start):
+    """The table of an audit whose title starts so."""
+    return next(one for one in audited.tables() if one.title.startswith(start))
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_claim_is_explained(name):
+    """For every claim of every shipped spec: what is printed, the verdict, its reason or its derivation."""
+    found = AUDITS[name]
+    for one in found.spec.claims:
+        text = "\n".join(lines(found._judged, one.id))
+        assert text.startswith(f"{one.id}: ")
+        for verdict in (v for v in found.verdicts if v.claim.id == one.id):
+            assert f"{verdict.figure} (" in text or not verdict.figure.readings
+            assert f": {verdict.outcome}" in text
+            if not verdict.findings:
+                assert verdict.reason in text
+                continue
+            for finding in verdict.findings:
+                assert f"{finding.holding:,} of {finding.admitted:,} completions" in text
+                assert finding.test.quantity.formula in text
+            if verdict.outcome == "undetermined":
+                assert "holds" in text
+                assert "fails" in text
+
+
+def test_an_explanation_names_each_number_of_the_formula():
+    """Every name that the formula has a number for stands in a line of its own, with its unit and origin."""
+    text = explain(LEAK.spec, "training-cost-a100")
+    for step in ("gpus = 25,000 GPUs ([training] tries", "days = ", "gpu_hour_usd = 1 USD/h ("):
+        assert f"\n    {step}" in text
+    assert "as printed, that is 6.25e7 to 6.35e7 USD" in text
+    assert "cannot hold together: training-cost-a100, " in text
+    assert "(1 USD; ours)" in text
+
+
+@pytest.mark.parametrize("name", names())
+def test_counts_add_up(name):
+    """Over verdicts and silence each document has as many claims as there are, and every figure is counted."""
+    found = AUDITS[name]
+    counted = found.as_dict()["claims"]
+    claims = sum(one.kind == "claim" for one in found.spec.claims)
+    for column in ("claims", *documents(found.spec)):
+        assert sum(counted[column].values()) == claims
+    ours = sum(counted.get("assumptions", {}).values())
+    assert ours == len(found.spec.claims) - claims
+    assert sum(found.counts.values()) == len(found.verdicts)
+    assert tuple(found.counts) == OUTCOMES
+
+
+def test_a_claim_counts_as_its_best_figure(tmp_path):
+    """Of two figures, one open and one out of reach, the claim is open, and each document has its own."""
+    figures = [("10", "GPUs", "A"), ("40", "GPUs", "B")]
+    silent = claim("layers", "architecture.n_layers", ("4", "layers", "B"))
+    counted = audit(spec(tmp_path, claim("gpus", "training.gpus", *figures), silent)).as_dict()["claims"]
+    assert (counted["claims"]["undetermined"], counted["claims"]["contradicts"]) == (2, 0)
+    assert (counted["A"]["undetermined"], counted["A"]["silent"]) == (1, 1)
+    assert (counted["B"]["undetermined"], counted["B"]["contradicts"]) == (1, 1)
+
+
+def test_one_row_for_each_claim_on_which_documents_differ():
+    """A column for each document, with what it prints of the claim, and what theory admits of it."""
+    shown = table(LEAK, "Where the sources differ")
+    assert shown.headers == ("claim", "A", "B", "C", "D", "theory admits")
+    rows = {row[0]: row[1:] for row in shown.rows}
+    assert len(rows) == len(shown.rows)
+    assert rows["serving-cost-a100"] == (
+        "0.0049 US cents",
+        "0.0049 US cents",
+        "0.0049 USD",
+        "0.0049 $ cents",
+        "0.0049 USD",
+    )
+    assert rows["optimizer-sharding"] == ("1", "-", "1-3", "1-3", "1-3")
+    assert rows["forward-flops"][-1] == "none; 560 as GFLOP"
+    assert rows["refinedweb-tokens"][:2] == ("-", "-")
+    assert not {"total-parameters", "layers", "serving-gpus"} & set(rows)
+
+
+@pytest.mark.parametrize(
+    ("figures", "admits"),
+    [
+        ([("10", "GPUs", "A"), ("15", "GPUs", "B")], "open: 10 GPUs"),
+        ([("40", "GPUs", "A"), ("30", "GPUs", "B")], "none"),
+        ([("<30", "GPUs", "A"), ("10", "GPUs", "B")], "<30 GPUs; open: 10 GPUs"),
+        ([("10", "GPUs", "A"), ("many", "GPUs", "B")], "open: 10 GPUs"),
+        ([("few", "GPUs", "A"), ("many", "GPUs", "B")], "not quantitative"),
+        ([("10", "GPUs", "A"), ("~10", "GPUs", "B")], None),
+    ],
+)
+def test_which_reading_theory_admits(tmp_path, figures, admits):
+    """All that are consistent, then what is open, or none; one figure in other signs is no difference."""
+    found = audit(spec(tmp_path, claim("gpus", "training.gpus", *figures))).disagreements
+    assert [one.admits for one in found] == ([] if admits is None else [admits])
+
+
+def test_the_sources_are_data_too():
+    """JSON has the columns, what theory admits, and every decider with the values at which it turns."""
+    data = json.loads(json.dumps(LEAK.as_dict(), allow_nan=False))
+    (row,) = (one for one in data["disagreements"] if one["claim"] == "optimizer-sharding")
+    assert row["documents"] == {"A": "1", "B": "-", "C": "1-3", "D": "1-3"}
+    assert row["admits"] == "1-3"
+    deciders = [f["decider"] for v in data["verdicts"] for f in v["findings"] if f["decider"]]
+    assert deciders
+    assert all(one["turns"] for one in deciders if one["alone"])

@@ -1,0 +1,163 @@
+"""How long requests take, in pipelines and in batches that never run dry; and what others printed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness.spec import load
+from harness.spec.hardware import Hardware, load_hardware
+from harness.theory import parameters
+from harness.theory.inference import (
+    NOTHING,
+    Mixing,
+    Pass,
+    Pricer,
+    decode,
+    decode_mfu,
+    pipeline_times,
+    prefill,
+    pricer,
+    request,
+    steady_state,
+)
+from harness.theory.layout import Layout
+from harness.theory.precision import precision
+
+EXACT = 1e-9
+"""Relative: the same sums in another order."""
+
+
+def priced(name: str, hardware: str = "h100", form: str = "bfloat16", **ways: Any) -> Pricer:
+    """A pricer at the data sheet's rates."""
+    return pricer(load(name).architecture, load_hardware(hardware), Layout(**ways), precision(form))
+
+
+def without_links(one: Pricer, pass_: Pass) -> float:
+    """Milliseconds of a pass, communication left out."""
+    step = one.step(pass_)
+    return 1e3 * float(step.seconds - step.communication)
+
+
+@pytest.mark.parametrize("stages", [1, 4, 16])
+@pytest.mark.parametrize("microbatches", [1, 4, 16, 40])
+def test_pipelines_keep_their_slowest_stage_busy(stages: int, microbatches: int) -> None:
+    """A period is no shorter than a microbatch's latency, nor than all of them in the slowest stage; no
+    schedule of one stage at a time beats it, and with one stage nothing overlaps."""
+    one = priced("llama-3.1-405b", tensor_parallel=8, pipeline_parallel=stages)
+    whole = decode(one.architecture, 640, 2000)
+    found = pipeline_times(one, whole, microbatches)
+    part = whole.divided(microbatches)
+    assert found.latency == pytest.approx(one.of(part))
+    assert found.period == max(found.latency, microbatches * found.slowest)
+    assert found.tokens_per_second == pytest.approx(640 / found.period)
+    assert found.latency <= found.all_through <= microbatches * found.latency * (1 + EXACT)
+    # Stages together do what the pass does, hand-overs apart: the slowest has at least its share.
+    handed = one.links.handovers[0] + part.tokens * one.links.handovers[1]
+    assert stages * found.slowest >= (found.latency - handed) * (1 - EXACT)
+    if stages == 1:
+        assert found.period == pytest.approx(microbatches * found.latency)
+
+
+def test_a_steady_batch_is_its_passes_played_out() -> None:
+    """With 8 slots and 4 tokens each, 2 prompts join every pass; played out, it takes TPOT and yields 8."""
+    one, batch, prompt, output = priced("llama-3.1-8b"), 8, 300, 4
+    model = one.architecture
+    decoding = sum((decode(model, 2, prompt + done) for done in range(output - 1)), NOTHING)
+    played = one.of(decoding + prefill(model, 2, prompt))
+    for mixing in ("even", "whole"):
+        found = steady_state(one, batch, prompt, output, mixing=mixing)
+        assert found.tpot == pytest.approx(played, rel=EXACT)
+        assert found.tokens_per_second == pytest.approx(batch / played, rel=EXACT)
+    apart = steady_state(one, batch, prompt, output, mixing="separate")
+    assert apart.tpot == pytest.approx(one.of(decoding) + one.of(prefill(model, 2, prompt)), rel=EXACT)
+
+
+@given(st.integers(1, 200), st.integers(1, 3000), st.integers(1, 2000))
+def test_mixing_prompts_in_evenly_is_fastest(batch: int, prompt: int, output: int) -> None:
+    """On one device, a dense model's TPOT is least with even chunks and largest with passes apart.
+
+    It nears the decode step's for long outputs.
+    """
+    one = priced("llama-3.1-8b")
+    modes: tuple[Mixing, ...] = ("even", "whole", "separate")
+    even, whole, apart = (steady_state(one, batch, prompt, output, mixing=mixing) for mixing in modes)
+    slack = 1 + EXACT
+    assert even.tpot <= whole.tpot * slack
+    assert whole.tpot <= apart.tpot * slack
+    forever = steady_state(one, batch, prompt, 10**9)
+    step = one.of(decode(one.architecture, batch, prompt + 0.5e9))
+    assert forever.tpot == pytest.approx(step, rel=1e-5)  # a prompt in a billion passes
+    with pytest.raises(ValueError, match="no mixing"):
+        steady_state(one, 1, 1, 1, mixing="never")  # type: ignore[arg-type]
+
+
+def test_a_static_batch_is_its_steps_played_out() -> None:
+    """TTFT is the prefill; the tokens of all steps, each at its own context, take what the mean step says."""
+    one, batch, prompt, output = priced("llama-3.1-8b"), 16, 500, 100
+    model = one.architecture
+    found = request(one, batch, prompt, output)
+    steps = [one.of(decode(model, batch, prompt + done)) for done in range(output - 1)]
+    first = one.of(prefill(model, batch, prompt))
+    assert found.ttft == pytest.approx(first)
+    assert batch * output / found.tokens_per_second == pytest.approx(first + sum(steps), rel=EXACT)
+    assert found.tokens_per_second_per_user == pytest.approx(1 / found.tpot)
+
+
+def test_decode_utilisation_is_of_the_models_flops() -> None:
+    """MFU on one device at a huge batch is near 1, and that of p stages needs p microbatches."""
+    assert 0.9 < decode_mfu(priced("llama-3.1-8b"), 10**6, 1) < 1
+    one = priced("llama-3.1-405b", tensor_parallel=8, pipeline_parallel=4)
+    alone, filled = (decode_mfu(one, 256, 1000, microbatches) for microbatches in (1, 4))
+    assert alone < filled < 4 * alone
+
+
+PUBLISHED_MIXTRAL = {1: 0.962, 8: 3.224, 32: 3.816, 128: 4.838}
+
+
+@pytest.mark.parametrize("batch", PUBLISHED_MIXTRAL)
+def test_mixtral_decodes_as_a_roofline_with_distinct_experts(batch: int) -> None:
+    """Mixtral on 8 H100 at 2048 + 128 tokens: milliseconds of the roofline without links, to their digits."""
+    one = priced("mixtral-8x7b", tensor_parallel=8)
+    found = without_links(one, decode(one.architecture, batch, 2048 + 128))
+    assert found == pytest.approx(PUBLISHED_MIXTRAL[batch], abs=1e-3)  # printed to 0.001
+
+
+def test_llama_on_a100_is_near_another_speed_of_light() -> None:
+    """Llama-70B on 8 A100, one prompt of 2048: aiconfigurator's SOL mode says 158.5 and 8.59 ms."""
+    one = priced("llama-3.1-70b", "a100-80gb", tensor_parallel=8)
+    assert without_links(one, decode(one.architecture, 1, 2048)) == pytest.approx(8.59, rel=0.01)
+    # Its prefill has communication; ours by the fastest algorithm at the full rate.
+    assert 1e3 * one.of(prefill(one.architecture, 1, 2048)) == pytest.approx(158.5, rel=0.03)
+
+
+POPE_TABLE_2 = (
+    ("int8", "prefill", 1, 0.29, 0.43),
+    ("int8", "decode", 64, 1.82, 0.14),
+    ("bfloat16", "prefill", 512, 85.2, 0.76),
+    ("bfloat16", "decode", 512, 6.0, 0.33),
+)
+"""PaLM 540B on 64 TPU v4, 2048 in and 64 out: weights, phase, batch, seconds, MFU (arXiv 2211.05102)."""
+
+
+@pytest.mark.parametrize(("form", "phase", "batch", "seconds", "mfu"), POPE_TABLE_2)
+def test_no_published_palm_run_beats_the_roofline(
+    form: str, phase: str, batch: int, seconds: float, mfu: float
+) -> None:
+    """Work on 64 chips over the printed time is the printed MFU, and the roofline's time is below it."""
+    hardware: Hardware = load_hardware("tpu-v4")
+    model = load("palm-540b").architecture
+    # int8 weights, multiplied in bfloat16; activations batch-sharded as by data parallelism, weights divided.
+    used = precision("bfloat16" if form == "bfloat16" else "int8-weights")
+    one = pricer(model, hardware, Layout(tensor_parallel=16, pipeline_parallel=4), used)
+    pass_ = prefill(model, batch, 2048) if phase == "prefill" else decode(model, batch, 2048 + 32)
+    steps = 1 if phase == "prefill" else 64
+    per_token = 2 * parameters.active(model)
+    implied = steps * per_token * pass_.tokens / (64 * hardware.peak_flops("bfloat16") * seconds)
+    assert implied == pytest.approx(mfu, abs=0.02)  # printed to 0.01, of a time printed to two digits
+    read = replace(one, links=replace(one.links, reductions=((0.0, 0.0),), handovers=(0.0, 0.0))).of(pass_)
+    assert steps * read / 4 < seconds
