@@ -80,24 +80,23 @@ def _finding(spec: Spec, finding: Finding) -> Iterator[str]:
     yield f"    theory: {theory(finding)} where the other claims hold; the figure fits at {share} completions"
     if finding.decider is not None:
         yield f"    {decided(finding)}"
+    if finding.decider is not None and finding.decider.alone:
         yield from (f"      {line}" for line in _turns(finding.decider))
     if finding.pair is not None:
         yield from (f"      {case}" for case in cases(finding.pair, _MOST))
+    now, then = ("holds", "fails") if finding.holds_there else ("fails", "holds")
+    for step in finding.steps:
+        change = f"{short(step.axis)} {listed(step.values, _MOST)}"
+        yield f"      {now} at the numbers above, {then} there with {change}"
 
 
 def _turns(decider: Decider) -> Iterator[str]:
     name = short(decider.axis)
-    both = set(decider.holds) & set(decider.fails)
-    for word, values in (("holds", decider.holds), ("fails", decider.fails)):
-        found = [value for value in values if value not in both]
-        if found:
-            yield f"{word} at {name} {listed(found, _MOST)}"
-    if both:
-        yield f"open at {name} {listed(sorted(both), _MOST)}"
+    yield f"holds at {name} {listed(decider.holds, _MOST)}"
+    yield f"fails at {name} {listed(decider.fails, _MOST)}"
     turns = [f"{number(low)} and {number(high)}" for low, high in decider.turns]
-    if turns:
-        more = f", and {len(turns) - _MOST} times more" if len(turns) > _MOST else ""
-        yield f"turns between {', between '.join(turns[:_MOST])}{more}"
+    more = f", and {len(turns) - _MOST} times more" if len(turns) > _MOST else ""
+    yield f"turns between {', between '.join(turns[:_MOST])}{more}"
 
 
 def about(conflicts: Sequence[Conflict], verdict: Verdict) -> list[Conflict]:

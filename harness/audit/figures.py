@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from harness.audit.quantities import QUANTITIES
@@ -65,7 +66,9 @@ def figures_of(spec: Spec, claim: Claim) -> tuple[Figure, ...]:
 def _figure(claim: Claim, readings: tuple[Reading, ...], truth: bool) -> Figure:
     value, unit = readings[0].value, unit_of(readings[0])
     if unit is None:
-        reason = f"the unit {readings[0].unit!r} is none of {', '.join(UNITS)}"
+        unknown = readings[0].unit
+        near = get_close_matches(unknown, UNITS, n=1, cutoff=0.6)
+        reason = f"the audit does not know the unit {unknown!r}" + (f"; is it {near[0]}?" if near else "")
         return Figure(readings, None, Unit(""), Unjudged("not yet judged", reason))
     if value in _STATEMENTS and truth:
         return Figure(readings, _STATEMENTS[value], unit)

@@ -126,6 +126,8 @@ def substituted(formula: str, names: Mapping[str, Any], show: Callable[[float], 
 
     def replace(match: re.Match[str]) -> str:
         value = names.get(match[0])
+        if isinstance(value, list):
+            return f"({', '.join(show(float(one)) for one in value)})"
         return match[0] if value is None or isinstance(value, (str, Architecture)) else show(float(value))
 
     return re.sub(r"[A-Za-z_]\w*", replace, formula)

@@ -203,6 +203,7 @@ class Audit:
                     "derivation": derivation(self.spec, finding),
                     "assumptions": {name: list(found) for name, found in finding.assumptions.items()},
                     "holds_at_what_is_assumed": finding.assumed,
+                    "turns_with": {one.axis: list(one.values) for one in finding.steps},
                     "decider": None if finding.decider is None else _decider(finding.decider),
                     "pair": None
                     if finding.pair is None

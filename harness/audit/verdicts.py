@@ -49,7 +49,8 @@ class Finding:
     slips: tuple[str, ...]
     """How else the unit may be read, so that theory admits the figure."""
     example: Mapping[str, float]
-    """One of these completions: with every assumption at its own value if there is one, then one that holds."""
+    """One of these completions: with assumptions at their own values if they can be, then one that holds."""
+    holds_there: bool
     conventions: tuple[str, ...]
     """Those that the figure may be counted under to hold there, if its claim names none."""
 
@@ -206,6 +207,7 @@ def _finding(block: Block, test: Test, admitted: Patterns, values: Values, patte
         _assumptions(test, chosen),
         slipped,
         example,
+        bool(holds[first]),
         test.admitting(Values(values.spec, {name: array[[held]] for name, array in chosen.axes.items()})),
     )
 

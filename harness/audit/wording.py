@@ -11,6 +11,9 @@ from harness.audit.quantity import Side
 from harness.audit.verdicts import Finding
 from harness.spec import Spec
 
+_CHANGES = 3
+"""Single changes that turn a figure, of those that one line names."""
+
 
 def number(value: float) -> str:
     """Four significant digits; whole numbers below a million in full."""
@@ -100,21 +103,11 @@ def decided(finding: Finding) -> str:
     names = f"{short(pair.axis)} and {short(pair.cases[0][1].axis)}"
     if pair.alone:
         return f"{names} decide: {'; '.join(cases(pair, 2))}{ours}"
-    return f"no two unknowns decide, {names} come nearest{_steps(finding)}"
-
-
-def _steps(finding: Finding) -> str:
-    """From where the derivation stands, which single change turns the figure."""
-    where = "where it is derived" if finding.assumed is None else "at what is assumed"
+    where = "what is assumed" if finding.assumed is not None else "the numbers of the derivation"
     changes = " or ".join(f"{short(one.axis)} {listed(one.values)}" for one in finding.steps[:_CHANGES])
-    if not changes:
-        return ""
-    holds = (
-        finding.assumed
-        if finding.assumed is not None
-        else all(value == finding.example[name] for name, value in ())
-    )
-    return f"; {_verb(holds)} {where}, {_verb(not holds)} there with {changes}"
+    turned = f", {_verb(not finding.holds_there)} there with {changes}" if changes else ""
+    nearest = f"no two unknowns decide, {names} come nearest ({100 * pair.share:.0f} % told)"
+    return f"{nearest}; {_verb(finding.holds_there)} at {where}{turned}"
 
 
 def cases(pair: Pair, limit: int) -> list[str]:

@@ -26,6 +26,7 @@ def add_to(app: typer.Typer) -> None:
     group.command()(layer)
     group.command()(serving.serve)
     group.command()(serving.batching)
+    group.command()(theory)
     app.add_typer(group, name="bench")
 
 
@@ -65,3 +66,22 @@ def layer(
         benchmark.write(output, rows, where)
     title = f"One MoE layer, forward, one thread. {where}"
     show([Table(title, benchmark.COLUMNS, tuple(map(benchmark.cells, rows)))], form)
+
+
+def theory(
+    rounds: Annotated[int, typer.Option(min=2, help="Turns that each program takes.")] = 15,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="A Markdown file to write.")] = None,
+    form: FormatOption = Format.plain,
+) -> None:
+    """What an estimate of theory costs, beside programs that make the same one."""
+    from harness.benchmark import estimators
+    from harness.benchmark.report import write
+    from harness.results.files import ensure_writable
+
+    if output is not None:
+        ensure_writable(output)
+    with progress("bench theory", total=len(estimators.UNITS) * rounds) as state:
+        tables = estimators.run(rounds=rounds, step=state.step)
+    if output is not None:
+        write(output, "What an estimate costs", "moe-harness bench theory", tables)
+    show(tables, form)

@@ -41,7 +41,7 @@ def simulate(
     concurrency: Annotated[
         int | None, Option(help="Users in place of a rate: each sends when its last request is answered.")
     ] = None,
-    requests: Annotated[int, Option(min=1, help="How many are sent.")] = 1000,
+    requests: Annotated[int, Option(min=1, max=10_000_000, help="How many are sent.")] = 1000,
     prompt: Annotated[
         str, Option(help="Tokens: a number, 5,8,4 (repeated), uniform:LOW-HIGH or lognormal:MEAN:CV.")
     ] = "1024",
@@ -51,9 +51,13 @@ def simulate(
     chunk: Annotated[
         int | None, Option(help="Tokens of an iteration, decoding first; default: 2048, or what slots take.")
     ] = None,
-    draft_length: Annotated[int, Option(help="Tokens drafted in a round of speculation.")] = 0,
-    acceptance: Annotated[float, Option(help="Probability that one of them stands.")] = 0.8,
-    draft_cost: Annotated[float, Option(help="Of drafting one, as a share of a pass.")] = 0.05,
+    draft_length: Annotated[int, Option(min=0, max=64, help="Tokens drafted in a round of speculation.")] = 0,
+    acceptance: Annotated[
+        float | None, Option(help="Probability that one of them stands; with --draft-length.")
+    ] = None,
+    draft_cost: Annotated[
+        float | None, Option(help="Of drafting one, as a share of a pass; with --draft-length.")
+    ] = None,
     slo: Annotated[Pairs, Option(metavar="NAME=S", help="ttft=0.5, tpot=0.05, e2e or queue.")] = None,
     precision: Annotated[str, Option(help="Formats to serve in.")] = "bfloat16",
     efficiency: Annotated[Pairs, Option(metavar="NAME=VALUE", help="As compute=0.5 (repeatable).")] = None,
@@ -89,6 +93,8 @@ def simulate(
         return
     if not spec:
         raise typer.BadParameter("give a SPEC, or --example")
+    if (draft_length > 0) != (acceptance is not None) or (draft_cost is not None and not draft_length):
+        raise typer.BadParameter("speculation takes --draft-length above 0 and --acceptance, or neither")
     document, machine = load(spec), load_hardware(hardware)
     deployment = Deployment(
         completed(document, set_ or ()),
@@ -108,10 +114,10 @@ def simulate(
     policy = Policy(
         slots,
         batching.value,
-        chunk if chunk is not None else max(2048, slots * (1 + draft_length)),
+        max(2048, slots * (1 + draft_length)) if chunk is None else chunk,
         draft_length,
-        acceptance if draft_length else 0.0,
-        draft_cost if draft_length else 0.0,
+        acceptance or 0.0,
+        draft_cost or 0.0,
     )
     bounds = outcome.slo(slo or ())
     sent = workload(
@@ -123,11 +129,16 @@ def simulate(
         record = simulation.simulate(sent, steps, policy, cache, seed=seed, ended=state.step)
         taken = time.process_time() - start
     price = machine.gpu_hour_usd.value if gpu_hour_usd is None else gpu_hour_usd
-    title = f"{document.name} on {gpus} {machine.name}, {requests:,} requests, {batching.value} batching"
-    found = outcome.outcome(record, title=title, bounds=bounds, gpus=gpus, gpu_hour_usd=price)
+    served = f"{document.name} in {precision} on {deployment.words()}"
+    found = outcome.outcome(
+        record,
+        title=f"{served}, {requests:,} requests, {policy.words()}",
+        bounds=bounds,
+        gpus=gpus,
+        gpu_hour_usd=price,
+        taken=taken,
+    )
     if form is Format.json:
-        show_json(
-            found.as_dict() | {"simulator": {"cpu_s": taken, "iterations_per_s": record.iterations / taken}}
-        )
+        show_json(found.as_dict())
     else:
         show(found.tables(), form)

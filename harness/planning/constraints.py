@@ -26,7 +26,7 @@ OPERATORS: Mapping[str, Callable[[Any, Any], Any]] = {
     ">": operator.gt,
     "=": operator.eq,
 }
-_FORM = re.compile(r"\s*([A-Za-z_]\w*)\s*(<=|>=|==|!=|<|>|=)\s*(\S.*?)\s*")
+_FORM = re.compile(r"\s*([A-Za-z_]\w*)\s*(<=|>=|==|!=|<|>|=)\s*([^\s<>=!].*?)\s*")
 Fields = Mapping[str, Collection[str] | None]
 """Fields that may be constrained: the words that one may be, or None where it is a number."""
 

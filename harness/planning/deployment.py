@@ -15,7 +15,7 @@ from harness.spec.hardware import Hardware
 from harness.theory import states
 from harness.theory.efficiency import IDEAL, Efficiency
 from harness.theory.fitting import refuse
-from harness.theory.inference import Pass, Pricer, pipeline_times, pricer
+from harness.theory.inference import Pass, Pricer, pricer
 from harness.theory.layout import Layout, check
 from harness.theory.precision import Precision
 from harness.theory.sharding import contents, telling_stages
@@ -28,14 +28,15 @@ class Priced:
     """Step times of `harness.theory.inference`, quick for passes of a size that was priced before.
 
     All of a pass but its attention depends on how many tokens it has, and is priced once for each number. In
-    a pipeline the batch runs as up to p microbatches, and an iteration takes until each has come round.
+    a pipeline the batch runs as up to p microbatches, and an iteration takes until each has come round, the
+    period of `inference.pipeline_times`.
     """
 
     def __init__(self, priced: Pricer, verified: int = 1) -> None:
         """`verified`: tokens that each request decodes in one pass, g + 1 where g are drafted."""
         self.priced, self.verified = priced, verified
         self.stages = int(priced.layout.pipeline_parallel)
-        self.rest: dict[tuple[float, float], float] = {}
+        self.rests: dict[tuple[float, float], tuple[float, float, float]] = {}
 
     @property
     def window(self) -> int | None:
@@ -54,26 +55,38 @@ class Priced:
         expanded: float = 0,
     ) -> float:
         """`Pricer.of` of the Pass of these counts, or the period of its microbatches."""
-        one = self.priced
-        if self.stages > 1:
-            whole = Pass(tokens, sequences, cached, pairs, window_cached, window_pairs, absorbed, expanded)
-            microbatches = min(self.stages, max(1.0, sequences // self.verified))
-            return float(pipeline_times(one, whole, microbatches).period)
-        rest = self.rest.get((tokens, sequences))
-        if rest is None:
-            if len(self.rest) >= REMEMBERED:
-                self.rest.clear()
-            written = tokens * (one.cache_full + one.cache_window)
-            rest = float(one.of(Pass(tokens, sequences, 0, 0))) - written
-            self.rest[tokens, sequences] = rest
-        multiplied: float = (
+        one, stages = self.priced, self.stages
+        microbatches = 1.0 if stages == 1 else min(stages, max(1.0, sequences // self.verified))
+        tokens, sequences = tokens / microbatches, sequences / microbatches
+        found = self.rests.get((tokens, sequences))
+        rest, layers, logits = self._rest(tokens, sequences) if found is None else found
+        multiplied = (
             pairs * one.pair_full
             + window_pairs * one.pair_window
             + absorbed * one.pair_absorbed
             + expanded * one.expansion
         )
-        read: float = (cached + tokens) * one.cache_full + (window_cached + tokens) * one.cache_window
-        return rest + max(multiplied, read)
+        read = cached * one.cache_full + window_cached * one.cache_window
+        written = tokens * (one.cache_full + one.cache_window)
+        attention: float = max(multiplied / microbatches, read / microbatches + written)
+        latency = rest + attention
+        if stages == 1:
+            return latency
+        layer = (layers + attention) / one.architecture.n_layers
+        fewest, more = divmod(one.architecture.n_layers, stages)
+        slowest = max((fewest + (more > 0)) * layer, fewest * layer + logits)
+        return max(latency, microbatches * slowest)
+
+    def _rest(self, tokens: float, sequences: float) -> tuple[float, float, float]:
+        """Seconds of a pass but for attention: of everything, of the layers, of the logits."""
+        one = self.priced
+        logits = float(max(sequences * one.logits_token, one.logits_read))
+        rest = float(one.of(Pass(tokens, sequences, 0, 0))) - tokens * (one.cache_full + one.cache_window)
+        between = one.links.seconds(tokens, min) - one.links.inside(tokens, min)
+        if len(self.rests) >= REMEMBERED:
+            self.rests.clear()
+        found = self.rests[tokens, sequences] = (rest, float(rest - between - logits), logits)
+        return found
 
 
 @dataclass(frozen=True)
@@ -89,6 +102,13 @@ class Deployment:
     """Popularity of experts falls as i^-skew."""
     reserve: float = 0.1
     """Share of memory for what theory does not count: the runtime, buffers, fragments."""
+
+    def words(self) -> str:
+        """The devices, and how the model lies on them."""
+        one = self.layout
+        ways = (one.tensor_parallel, one.pipeline_parallel, one.data_parallel, one.expert_parallel)
+        named = ", ".join(f"{name} {n}" for name, n in zip(("TP", "PP", "DP", "EP"), ways, strict=True))
+        return f"{one.devices} {self.hardware.name} ({named})"
 
     def steps(self, policy: Policy) -> Priced:
         """What iterations take. Raises SpecError for a layout that nothing can run, or a missing format."""

@@ -96,6 +96,8 @@ class Outcome:
     """The figures of one simulation."""
 
     title: str
+    taken: float
+    """Seconds of processor time that simulating took."""
     overall: Mapping[str, float]
     """By the names of OVERALL."""
     spread: Mapping[str, Mapping[str, float]]
@@ -111,6 +113,11 @@ class Outcome:
         return [
             Table(self.title, ("figure", "value", "definition"), overall),
             Table("Latency, ms", ("figure", *COLUMNS, "definition"), spread),
+            Table(
+                "The simulator itself",
+                ("processor time, s", "simulated seconds in one", "iterations in one"),
+                ((f"{self.taken:.3f}", *(f"{value:,.0f}" for value in self._speed().values())),),
+            ),
         ]
 
     def as_dict(self) -> dict[str, Any]:
@@ -119,11 +126,18 @@ class Outcome:
             "title": self.title,
             "overall": dict(self.overall),
             "seconds": {name: dict(found) for name, found in self.spread.items()},
+            "simulator": {"processor_s": self.taken} | self._speed(),
         }
 
+    def _speed(self) -> dict[str, float]:
+        names = {"simulated_s_per_s": "duration_s", "iterations_per_s": "iterations"}
+        return {name: self.overall[of] / self.taken for name, of in names.items()}
 
-def outcome(record: Record, *, title: str, bounds: Slo, gpus: int, gpu_hour_usd: float) -> Outcome:
-    """The figures of a record, on `gpus` devices at a price each."""
+
+def outcome(
+    record: Record, *, title: str, bounds: Slo, gpus: int, gpu_hour_usd: float, taken: float = math.nan
+) -> Outcome:
+    """The figures of a record, on `gpus` devices at a price each; `taken`: what simulating it took."""
     figures = of_requests(record)
     count, tokens = len(record.load), int(record.load.outputs.sum())
     duration = float(record.ended.max() - record.sent.min())
@@ -148,7 +162,7 @@ def outcome(record: Record, *, title: str, bounds: Slo, gpus: int, gpu_hour_usd:
         "usd_idle": rent * (duration - record.busy),
         "iterations": record.iterations,
     }
-    return Outcome(title, overall, {name: _spread(values) for name, values in figures.items()})
+    return Outcome(title, taken, overall, {name: _spread(values) for name, values in figures.items()})
 
 
 def _spread(values: Floats) -> dict[str, float]:

@@ -15,6 +15,18 @@ GB = 1e9
 
 
 @dataclass(frozen=True)
+class Broken:
+    """What one limit costs."""
+
+    layouts: int
+    """That break it."""
+    alone: int
+    """That break nothing else."""
+    best: Found | None
+    """The best of those: what loosening this limit would gain."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """The layouts that fit, best first, those that nothing beats, and what rules the others out."""
 
@@ -23,6 +35,8 @@ class Plan:
     """Of what, on what, for what."""
     by: str
     """What the ranking is by."""
+    key: str
+    """The fact that the ranking is of."""
     axes: tuple[str, str]
     """Facts that the front trades for each other."""
     columns: tuple[Column, ...]
@@ -35,8 +49,7 @@ class Plan:
     front: tuple[Found, ...]
     excluded: tuple[Found, ...]
     """The best of those that break a limit."""
-    broken: Mapping[str, tuple[int, int]]
-    """For each limit how many layouts break it, and how many break it alone."""
+    broken: Mapping[str, Broken]
     impossible: Mapping[str, tuple[int, str]]
     """Reasons why combinations of ways cannot run at all: how many, and a sentence on one of them."""
 
@@ -54,8 +67,18 @@ class Plan:
             for row, one in zip(self._rows(self.excluded), self.excluded, strict=True)
         )
         yield Table(f"Ruled out, the best by {self.by} if it could be", (*headers, "because"), rows)
-        limits = tuple((name, some, alone) for name, (some, alone) in self.broken.items())
-        yield Table("What rules them out", ("limit", "layouts that break it", "that break it alone"), limits)
+        limits = tuple(
+            (name, one.layouts, one.alone, *self._gain(one.best)) for name, one in self.broken.items()
+        )
+        heads = (
+            "limit",
+            "broken by",
+            "alone by",
+            f"the best of those: {_spoken(self.key)}",
+            "layout",
+            "because",
+        )
+        yield Table("What each limit rules out", heads, limits)
         impossible = tuple((name, count, text) for name, (count, text) in self.impossible.items())
         yield Table("Combinations that cannot run", ("because", "combinations", "for example"), impossible)
 
@@ -70,15 +93,33 @@ class Plan:
             "ranked": _facts(self.ranked),
             "front": {"axes": list(self.axes), "layouts": _facts(self.front)},
             "excluded": _facts(self.excluded),
-            "limits": {name: {"broken": some, "alone": one} for name, (some, one) in self.broken.items()},
+            "limits": {
+                name: {
+                    "broken": one.layouts,
+                    "alone": one.alone,
+                    "best": _facts([one.best] if one.best else []),
+                }
+                for name, one in self.broken.items()
+            },
             "impossible": {
                 name: {"combinations": count, "example": text}
                 for name, (count, text) in self.impossible.items()
             },
         }
 
+    def _gain(self, best: Found | None) -> tuple[object, ...]:
+        if best is None:
+            return ("", "", "")
+        return (best.facts[self.key], ways(best.facts), "; ".join(best.why))
+
     def _rows(self, found: Sequence[Found]) -> tuple[tuple[object, ...], ...]:
         return tuple(tuple(cell(one.facts) for _, cell in self.columns) for one in found)
+
+
+def ways(facts: Mapping[str, Any]) -> str:
+    """How a layout divides the devices, in words."""
+    names = ("tensor", "pipeline", "data", "expert")
+    return ", ".join(f"{name}_parallel {facts[f'{name}_parallel']:,}" for name in names)
 
 
 def _spread(found: Sequence[Found], most: int) -> Sequence[Found]:

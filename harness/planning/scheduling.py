@@ -75,6 +75,11 @@ class Policy:
     """Of drafting one token for every request, as a share of the pass that decodes one for each; prompts cost
     the draft nothing."""
 
+    def words(self) -> str:
+        """The policy in a few words."""
+        drafts = f", {self.draft_length} drafted tokens" if self.draft_length else ""
+        return f"{self.batching} batching in {self.slots} slots{drafts}"
+
     def __post_init__(self) -> None:
         if self.slots < 1:
             raise SpecError(f"{self.slots} slots hold no request; give 1 or more")

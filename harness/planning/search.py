@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from harness.planning.constraints import Constraint
 from harness.planning.layouts import IDLE, RuledOut
-from harness.planning.report import GB, Column, Plan
-from harness.planning.selection import Batch, Best, Front, Limit, limits_of
+from harness.planning.report import GB, Broken, Column, Plan, ways
+from harness.planning.selection import Batch, Best, Front, Limit, breaking
 from harness.spec.architecture import Architecture
 from harness.spec.errors import SpecError, did_you_mean
 from harness.spec.hardware import Hardware
@@ -61,11 +61,13 @@ class Question:
     """Rank every layout; else the best one of each way to divide the devices."""
 
     def __post_init__(self) -> None:
-        least = self.fewest
-        if not 1 <= least <= self.gpus:
-            raise SpecError(
-                f"at least {least:,} of {self.gpus:,} GPUs cannot be used; give 1 to {self.gpus:,}"
-            )
+        if not 1 <= self.gpus <= MOST_GPUS:
+            raise SpecError(f"{self.gpus:,} GPUs cannot be divided here; give 1 to {MOST_GPUS:,}")
+        if not 1 <= self.fewest <= self.gpus:
+            wrong = f"at least {self.fewest:,} of {self.gpus:,} GPUs cannot be used"
+            raise SpecError(f"{wrong}; give 1 to {self.gpus:,}")
+        if not 0 <= self.price < math.inf:
+            raise SpecError(f"{self.price} USD is no price of an hour; give a number of at least 0")
         if not 0 <= self.memory_reserve < 1:
             raise SpecError(f"a memory reserve of {self.memory_reserve} is no share; give 0 to below 1")
 
@@ -172,6 +174,7 @@ def search(
     smallest = Best("memory", key, (), 1)
     front, done, fitting = Front(*goal.axes), 0, 0
     broken: dict[str, tuple[int, int]] = {}
+    nearest: dict[str, Best] = {}
     for batch in batches:
         fits, priced = batch.fits, np.isfinite(np.broadcast_to(batch.columns[key], len(batch)))
         good, bad = np.flatnonzero(fits & priced), np.flatnonzero(~fits & priced)
@@ -180,9 +183,10 @@ def search(
         excluded.add(batch, bad)
         if not fitting:
             smallest.add(batch, bad)
-        for name, some, alone in limits_of(batch):
-            before = broken.get(name, (0, 0))
-            broken[name] = (before[0] + some, before[1] + alone)
+        for one, some, alone in breaking(batch):
+            before = broken.get(one.name, (0, 0))
+            broken[one.name] = (before[0] + len(some), before[1] + len(alone))
+            nearest.setdefault(one.name, Best(key, "memory", (), 1, sign)).add(batch, alone[priced[alone]])
         done, fitting = done + len(batch), fitting + len(good)
         if watch is not None:
             watch(done, total)
@@ -192,6 +196,7 @@ def search(
         goal=goal.name,
         title=question.title,
         by=question.rank,
+        key=key,
         axes=goal.axes,
         columns=goal.columns,
         rows=question.limit,
@@ -200,7 +205,10 @@ def search(
         ranked=ranked.found,
         front=front.found,
         excluded=excluded.found,
-        broken=broken,
+        broken={
+            name: Broken(some, alone, next(iter(nearest[name].found), None))
+            for name, (some, alone) in broken.items()
+        },
         impossible={name: (count, impossible.examples[name]) for name, count in impossible.counts.items()},
     )
 
@@ -223,17 +231,10 @@ def _nothing(
     if "memory" in always:
         facts = smallest.found[0].facts
         right = "take more GPUs, a smaller batch, or hardware with more memory"
-        return f"{start}: the least, {_ways(facts)}, {memory_sentence(facts, question.room)}; {right}"
+        return f"{start}: the least, {ways(facts)}, {memory_sentence(facts, question.room)}; {right}"
     if always:
         return f"{start}: all {done:,} of them break {' and '.join(always)}; loosen that"
     if not excluded.found:
         return f"{start}: none of {done:,} can be priced"
     one = excluded.found[0]
-    return (
-        f"{start} all limits at once; the best by {question.rank}, {_ways(one.facts)}, {'; '.join(one.why)}"
-    )
-
-
-def _ways(facts: Mapping[str, Any]) -> str:
-    names = ("tensor", "pipeline", "data", "expert")
-    return ", ".join(f"{name}_parallel {facts[f'{name}_parallel']:,}" for name in names)
+    return f"{start} all limits at once; the best by {question.rank}, {ways(one.facts)}, {'; '.join(one.why)}"

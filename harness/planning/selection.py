@@ -175,9 +175,9 @@ def _codes(columns: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.int64]:
     return code
 
 
-def limits_of(batch: Batch) -> Iterator[tuple[str, int, int]]:
-    """Name of each limit, how many rows break it, and how many break it alone."""
+def breaking(batch: Batch) -> Iterator[tuple[Limit, Rows, Rows]]:
+    """Each limit with the rows that break it, and those that break it alone."""
     broken = np.stack([np.broadcast_to(~np.asarray(one.kept), (len(batch),)) for one in batch.limits])
-    alone = broken & (broken.sum(0) == 1)
-    for limit, some, only in zip(batch.limits, broken.sum(1), alone.sum(1), strict=True):
-        yield limit.name, int(some), int(only)
+    once = broken.sum(0) == 1
+    for limit, some in zip(batch.limits, broken, strict=True):
+        yield limit, np.flatnonzero(some), np.flatnonzero(some & once)

@@ -4,7 +4,7 @@ Letters: b slots, l_i iterations that request i holds one (its output tokens), H
 
 Static batching fills the slots, in the order of arrival, and holds all of them until the longest request of
 the batch has ended. Continuous batching gives a slot to the next request as soon as it is free (Orca, Yu et
-al. 2022, OSDI, section 3.1): list scheduling of jobs on b machines (Graham 1969, doi 10.1137/0117039). All
+al. 2022, OSDI, section 3): list scheduling of jobs on b machines (Graham 1969, doi 10.1137/0117039). All
 requests are there from the start, an iteration takes one unit whatever runs in it.
 """
 
@@ -27,8 +27,6 @@ class Schedule:
     lengths: tuple[int, ...]
     ends: tuple[int, ...]
     """The iteration after each request's last one."""
-    held: int
-    """Slots times iterations that are not free: static batching holds them for requests that have ended."""
 
     @property
     def iterations(self) -> int:
@@ -49,13 +47,12 @@ def static(lengths: Sequence[int], slots: int) -> Schedule:
     """Batches of b in turn, each as long as its longest request."""
     _refuse(lengths, slots)
     ends: list[int] = []
-    start, held = 0, 0
+    start = 0
     for first in range(0, len(lengths), slots):
         together = lengths[first : first + slots]
         ends += [start + length for length in together]
-        held += max(together) * slots
         start += max(together)
-    return Schedule(slots, tuple(lengths), tuple(ends), held)
+    return Schedule(slots, tuple(lengths), tuple(ends))
 
 
 def continuous(lengths: Sequence[int], slots: int) -> Schedule:
@@ -67,7 +64,7 @@ def continuous(lengths: Sequence[int], slots: int) -> Schedule:
         end = heapq.heappop(free) + length
         ends.append(end)
         heapq.heappush(free, end)
-    return Schedule(slots, tuple(lengths), tuple(ends), sum(lengths))
+    return Schedule(slots, tuple(lengths), tuple(ends))
 
 
 def continuous_bounds(lengths: Sequence[int], slots: int) -> tuple[float, float]:

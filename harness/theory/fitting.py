@@ -1,7 +1,7 @@
 """Whether a layout fits the memory of a device: the stage that needs most, and the largest batch there.
 
-Numbers of a layout may be arrays that broadcast, or dimensions of the architecture, but not both. Elements of equal depth (stages and chunks) are evaluated
-together, a few stages of each, so that 1e5 layouts take about a tenth of a second.
+Numbers of a layout may be arrays that broadcast, or dimensions of the architecture, but not both. Layouts of
+equal depth (stages and chunks) are evaluated together, a few stages of each.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ __all__ = [
     "chunks",
     "decode",
     "decode_mfu",
+    "phase_rates",
     "pipeline_times",
     "prefill",
     "pricer",
@@ -37,9 +38,8 @@ __all__ = [
 ]
 
 Mixing = Literal["even", "whole", "separate"]
-"""How prompts join a running batch: cut into chunks that every pass carries alike (Sarathi-Serve, arXiv
-2403.02310, section 4), whole beside a decode step (Orca, OSDI 2022, section 3.1), or in passes of their
-own."""
+"""How prompts join a running batch: cut into chunks that every pass carries alike (SARATHI, arXiv
+2308.16369), whole beside a decode step (Orca, Yu et al. 2022, OSDI, section 3), or in passes of their own."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,7 @@ def pipeline_times(priced: Pricer, whole: Pass, microbatches: Any = 1) -> Pipeli
 
     A sequence's next token needs its last one, so that a microbatch comes round no sooner than its own
     latency; and the slowest stage serves all m of them in between: period = max(latency, m slowest), with
-    m >= p and equal stages p stages all busy. Once, without a next round: latency + (m - 1) slowest (Pope et
-    al. 2022, arXiv 2211.05102, section 2.1, and any pipeline).
+    m >= p and equal stages all of them are busy. Once, without a next round: latency + (m - 1) slowest.
     """
     part = whole.divided(microbatches)
     latency, slowest = priced.of(part), priced.slowest_stage(part)
@@ -148,6 +147,21 @@ def steady_state(
     else:
         raise ValueError(f'no mixing "{mixing}"; there are even, whole and separate')
     return Request(ttft, tpot, batch / tpot)
+
+
+def phase_rates(
+    priced: Pricer, batch: Any, prompt: Any, output: Any, microbatches: Any = 1
+) -> tuple[Any, Any]:
+    """Tokens per second of each phase alone: of B prompts prefilled without end, and of B sequences decoded.
+
+    What input and output tokens cost is the rent over these (`serving.cost_of_request`).
+    """
+    inward = prefill(priced.architecture, batch, prompt)
+    outward = decode(priced.architecture, batch, prompt + most(output / 2 - 1, 0))
+    return (
+        pipeline_times(priced, inward, microbatches).tokens_per_second,
+        pipeline_times(priced, outward, microbatches).tokens_per_second,
+    )
 
 
 def decode_mfu(priced: Pricer, batch: Any, context: int, microbatches: Any = 1) -> Any:

@@ -78,6 +78,9 @@ def check(architecture: Architecture, layout: Layout) -> None:
     if attention.mla is None and groups % ways and ways % groups:
         right = f"{groups} key/value heads are divided by a divisor of {groups}, or copied by a multiple"
         raise SpecError(f"{groups} key/value heads cannot lie on {ways} tensor-parallel ranks; {right}")
+    if architecture.ffn is not None and architecture.ffn.d_ff % ways:
+        wrong = f"d_ff {architecture.ffn.d_ff} cannot be divided over {ways} tensor-parallel ranks"
+        raise SpecError(f"{wrong}; give a divisor")
     chunks = stages * layout.virtual_stages
     if chunks > architecture.n_layers:
         right = f"give at most {architecture.n_layers} stages"

@@ -3,7 +3,7 @@
 Letters: B sequences, S new tokens of each, C tokens of each already cached, W attention window.
 
 Every count may be a number or an array that broadcasts with the others. Passes add up: a prefill chunk and
-the decode steps that run beside it in one batch (arXiv 2308.16369, section 4) are one pass, their sum.
+the decode steps that run beside it in one batch (SARATHI, arXiv 2308.16369) are one pass, their sum.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def chunks(architecture: Architecture, prompt: int, chunk: int) -> Iterator[Pass
     """One prompt in passes of at most `chunk` tokens, each on the cache that those before it filled.
 
     Tokens and pairs add up to those of the whole prefill; what is read from the cache grows as the square of
-    the number of chunks (arXiv 2308.16369, section 4.3). Raises ValueError where a chunk holds nothing.
+    the number of chunks. Raises ValueError where a chunk holds nothing.
     """
     if chunk < 1:
         raise ValueError(f"a chunk of {chunk} tokens holds nothing; give at least 1")

@@ -46,7 +46,8 @@ def inclusion_probabilities(n_experts: int, top_k: int, skew: float = 0.0) -> Fl
     taken (Efraimidis and Spirakis 2006, Weighted random sampling with a reservoir, proposition 5). The time
     of the K-th ring is taken as fixed at the t where K clocks have rung on average, so that
     pi_i = 1 - exp(-p_i t) with sum_i pi_i = K (Rosen 1972): exact at s = 0 and at K = E, otherwise off by
-    what that time varies, which matters for few experts (5 % of pi_1 at E = 16, K = 2, s = 1). Raises ValueError for K > E or s < 0.
+    what that time varies, which matters for few experts (5 % of pi_1 at E = 16, K = 2, s = 1). Raises
+    ValueError for K > E or s < 0.
     """
     if not 1 <= top_k <= n_experts or skew < 0:
         wrong = f"top {top_k} of {n_experts} experts with a skew of {skew}"

@@ -1,8 +1,8 @@
 """Fitting the constants to measured rows, and predicting rows that had no part in it.
 
-The sum of a robust loss of log(predicted / measured) is minimised over the logarithms of the constants, inside
-of their ranges: first those of TPOT, on TPOT; then, with these, those of TTFT on TTFT. Repetitions of one
-measurement under other names count once.
+The sum of a robust loss of log(predicted / measured) is minimised over the logarithms of the constants,
+inside of their ranges: first those of TPOT, on TPOT; then, with these, those of TTFT on TTFT. Repetitions of
+one measurement under other names count once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from harness.validation.silicon_rows import Row
 from harness.validation.silicon_terms import Floats, Terms, of_rows, terms
 
 LOSS, SCALE = "soft_l1", 0.1
-"""Quadratic to errors of about 10 %, linear beyond: rows that were measured on a bad day count, not squared."""
+"""Quadratic to errors of about 10 %, linear beyond: rows that no physics explains do not lead the fit."""
 NAMES = tuple(one.name for one in fields(Constants))
 FIRST = NAMES.index("request_trtllm")
 """Constants before it are fitted to TPOT, the others to TTFT."""

@@ -135,7 +135,9 @@ def _group(rows: Sequence[Row]) -> Terms:
     )
     data = layout.data_parallel
     empty, full = (
-        serving_memory(architecture, layout, one.precision, batch=batch, context=prompt + output, tokens=1)
+        serving_memory(
+            architecture, layout, one.precision, batch=batch, context=prompt + output / 2, tokens=1
+        )
         for batch in (0, 1)
     )
     room = USABLE * hardware.memory.value - empty.total

@@ -1,12 +1,12 @@
 """A simulated server written out: one iteration at a time, every request asked in each; the tests' oracle.
 
-It shares with `harness.planning.server` only what its caller hands it, and counts passes by
-`harness.theory.passes`.
+It shares no code with `harness.planning.server`, and counts passes by `harness.theory.passes`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,92 +17,129 @@ from harness.planning.workload import Workload
 from harness.theory.passes import NOTHING, Pass, decode, prefill
 
 
-def serve_naively(
-    sent: Workload,
-    seconds: Callable[..., float],
-    policy: Policy,
-    cache: Cache,
-    window: int | None,
-    *,
-    seed: int,
-) -> dict[str, Any]:
-    """The fields of a `Record` of these names, as lists and numbers."""
-    model: Any = SimpleNamespace(attention=SimpleNamespace(window=window))
-    generator = np.random.default_rng(seed)
-    count, verified = len(sent), 1 + policy.draft_length
-    found: dict[str, Any] = {name: [0.0] * count for name in ("sent", "admitted", "first", "ended")}
-    found |= {"rounds": [0] * count, "iterations": 0, "running": 0, "busy": 0.0}
-    if sent.at is not None:
-        found["sent"] = sent.at.tolist()
-    coming, waiting, running = list(range(count)), [], []
-    filled, known, plans = [0] * count, [0] * count, [[] for _ in range(count)]
-    now = 0.0
+@dataclass
+class Request:
+    """One request, and what has become of it."""
 
-    def come(number: int) -> None:
-        coming.remove(number)
-        waiting.append(number)
-        if sent.at is None:
-            found["sent"][number] = now
+    number: int
+    prompt: int
+    output: int
+    sent: float = 0.0
+    admitted: float = 0.0
+    first: float = 0.0
+    ended: float = 0.0
+    rounds: int = 0
+    filled: int = 0
+    known: int = 0
+    plan: list[int] = field(default_factory=list)
+    """Tokens that each of its rounds will decide, where tokens are drafted."""
 
-    for number in range(sent.users):
-        come(number)
-    while coming or waiting or running:
-        if sent.at is not None:
-            for number in [one for one in coming if sent.at[one] <= now]:
-                come(number)
-        admitting = policy.batching == "continuous" or not running
-        while admitting and waiting and len(running) < policy.slots:
-            lengths = [int(sent.prompts[one] + sent.outputs[one]) for one in (*running, waiting[0])]
-            if sum(map(cache.held, lengths)) > cache.room:
-                break
-            running.append(waiting.pop(0))
-            found["admitted"][running[-1]] = now
-        if not running:
-            now = float(sent.at[coming[0]])
-            continue
-        decoding = [one for one in running if known[one]]
-        whole, plain = NOTHING, NOTHING
+
+class NaiveServer:
+    """Serves a workload in `run`; its requests and counts are those of a `Record`."""
+
+    def __init__(
+        self,
+        sent: Workload,
+        seconds: Callable[..., float],
+        policy: Policy,
+        cache: Cache,
+        window: int | None,
+        seed: int,
+    ) -> None:
+        self.seconds, self.policy, self.cache, self.window = seconds, policy, cache, window
+        self.model: Any = SimpleNamespace(attention=SimpleNamespace(window=window))
+        self.generator = np.random.default_rng(seed)
+        self.open = sent.at is not None
+        at = [0.0] * len(sent) if sent.at is None else sent.at.tolist()
+        self.requests = [
+            Request(number, prompt, output, at[number])
+            for number, (prompt, output) in enumerate(zip(sent.prompts.tolist(), sent.outputs, strict=True))
+        ]
+        self.coming, self.waiting, self.running = list(self.requests), [], []
+        self.now = self.busy = 0.0
+        self.iterations = self.seen = 0
+        for _ in range(sent.users):
+            self.come()
+
+    def come(self) -> None:
+        """The next request comes now, if there is one."""
+        if self.coming:
+            self.waiting.append(self.coming.pop(0))
+            if not self.open:
+                self.waiting[-1].sent = self.now
+
+    def run(self) -> NaiveServer:
+        """Until all are answered."""
+        while self.coming or self.waiting or self.running:
+            while self.open and self.coming and self.coming[0].sent <= self.now:
+                self.come()
+            self.admit()
+            if self.running:
+                self.iteration()
+            else:
+                self.now = self.coming[0].sent
+        return self
+
+    def admit(self) -> None:
+        """First come, first served, while there is a slot and room for all that were admitted."""
+        if self.policy.batching == "static" and self.running:
+            return
+        while self.waiting and len(self.running) < self.policy.slots:
+            lengths = [one.prompt + one.output for one in (*self.running, self.waiting[0])]
+            if sum(map(self.cache.held, lengths)) > self.cache.room:
+                return
+            self.running.append(self.waiting.pop(0))
+            self.running[-1].admitted = self.now
+
+    def iteration(self) -> None:
+        """One pass over everything that runs, and what it gives."""
+        decoding = [one for one in self.running if one.known]
+        filling = [one for one in self.running if not one.known]
+        self.now += (took := self.duration(decoding, filling))
+        self.busy += took
+        self.iterations += 1
+        self.seen += len(self.running)
         for one in decoding:
-            context = int(sent.prompts[one]) + known[one] - 1
-            whole += decode(model, 1, context, verified)
-            plain += decode(model, 1, context)
-        left = 10**9 if policy.chunk is None else policy.chunk - verified * len(decoding)
-        for one in [each for each in running if not known[each]]:
-            new = min(int(sent.prompts[one]) - filled[one], left)
-            if new:
-                whole += prefill(model, 1, new, filled[one])
-            left, filled[one] = left - new, filled[one] + new
-        took = price(whole, seconds, window)
-        drafting = policy.draft_length * policy.draft_cost
-        if decoding and drafting:
-            took += drafting * price(plain, seconds, window)
-        now, found["busy"] = now + took, found["busy"] + took
-        found["iterations"] += 1
-        found["running"] += len(running)
+            one.known += one.plan[one.rounds] if one.plan else 1
+            one.rounds += 1
+        for one in filling:
+            if one.filled == one.prompt:
+                one.known, one.first = 1, self.now
+                one.plan = self.planned(one.output - 1)
+        for one in [each for each in self.running if each.known >= each.output]:
+            self.running.remove(one)
+            one.ended = self.now
+            if not self.open:
+                self.come()
+
+    def duration(self, decoding: list[Request], filling: list[Request]) -> float:
+        """Seconds of the pass, and of the drafts before it; prompts are filled as far as the budget goes."""
+        length, whole, plain = self.policy.draft_length, NOTHING, NOTHING
         for one in decoding:
-            known[one] += plans[one][found["rounds"][one]] if plans[one] else 1
-            found["rounds"][one] += 1
-        for one in [each for each in running if not known[each] and filled[each] == sent.prompts[each]]:
-            known[one], found["first"][one] = 1, now
-            if policy.draft_length and sent.outputs[one] > 1:
-                plans[one] = stands(int(sent.outputs[one]) - 1, policy, generator)
-        for one in [each for each in running if known[each] >= sent.outputs[each]]:
-            running.remove(one)
-            found["ended"][one] = now
-            if sent.at is None and coming:
-                come(coming[0])
-    return found
+            context = one.prompt + one.known - 1
+            whole += decode(self.model, 1, context, 1 + length)
+            plain += decode(self.model, 1, context)
+        left = 10**9 if self.policy.chunk is None else self.policy.chunk - (1 + length) * len(decoding)
+        for one in filling:
+            new = min(one.prompt - one.filled, left)
+            whole += prefill(self.model, 1, new, one.filled) if new else NOTHING
+            left, one.filled = left - new, one.filled + new
+        drafting = length * self.policy.draft_cost
+        return self.price(whole) + (drafting * self.price(plain) if decoding and drafting else 0)
 
+    def price(self, one: Pass) -> float:
+        """Seconds of a pass; where there is no window its layers are not asked for."""
+        near = (one.window_cached, one.window_pairs) if self.window is not None else (0, 0)
+        return self.seconds(
+            one.tokens, one.sequences, one.cached, one.pairs, *near, one.absorbed, one.expanded
+        )
 
-def stands(rounds: int, policy: Policy, generator: np.random.Generator) -> list[int]:
-    """Tokens that each of so many rounds decides: failures are drawn as the server draws them."""
-    if policy.acceptance == 1:
-        return [1 + policy.draft_length] * rounds
-    drawn = generator.geometric(1 - policy.acceptance, size=rounds).tolist()
-    return [min(int(one), 1 + policy.draft_length) for one in drawn]
-
-
-def price(one: Pass, seconds: Callable[..., float], window: int | None) -> float:
-    """Seconds of a pass; where there is no window its layers are not asked for."""
-    near = (one.window_cached, one.window_pairs) if window is not None else (0, 0)
-    return seconds(one.tokens, one.sequences, one.cached, one.pairs, *near, one.absorbed, one.expanded)
+    def planned(self, left: int) -> list[int]:
+        """Tokens that each of so many rounds decides, drawn as the server draws them."""
+        length = self.policy.draft_length
+        if not length or not left:
+            return []
+        if self.policy.acceptance == 1:
+            return [1 + length] * left
+        return [min(int(n), 1 + length) for n in self.generator.geometric(1 - self.policy.acceptance, left)]

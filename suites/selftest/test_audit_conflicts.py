@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import random
-from itertools import combinations
+import time
+from itertools import combinations, product
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from harness.audit import audit
 from harness.audit.conflicts import members_of, minimal_conflicts
+from harness.audit.deciders import deciders, steps
 from harness.audit.optima import Optima
+from harness.spec.printed import interval
+from suites.selftest.small_specs import BASE, claim, spec
 
 
 def subsets(n):
@@ -79,12 +85,142 @@ def brute(blocks, kinds, claim):
 def test_optima_are_those_of_all_combinations_of_completions(seed):
     """What is admitted without a claim is what an exhaustive search over all blocks together admits."""
     draw = random.Random(seed)
-    names = [f"c{i}" for i in range(6)]
+    names = [f"c{i}" for i in range(7)]
     kinds = {name: draw.choice(["claim", "claim", "assumption"]) for name in names}
     blocks = []
-    for _ in range(draw.randint(1, 3)):
-        own = draw.sample(names, draw.randint(1, 4))
+    for _ in range(draw.randint(1, 4)):
+        own = draw.sample(names, draw.randint(1, 5))
         blocks.append(block(own, kinds, [draw.getrandbits(len(own)) for _ in range(draw.randint(1, 6))]))
     claim = draw.choice([test.claim.id for test in blocks[0].tests])
     for place, admitted in Optima(blocks).admitted(claim).items():
         assert set(admitted.tolist()) == {choice[place] for choice in brute(blocks, kinds, claim)}
+
+
+def test_many_small_blocks_that_share_claims_are_cheap():
+    """40 blocks in a ring, each sharing claims with its neighbours, of which a third cannot hold together."""
+    draw = random.Random(5)
+    names = [f"c{i}" for i in range(80)]
+    kinds = dict.fromkeys(names, "claim")
+    blocks = []
+    for i in range(40):
+        own = [names[(2 * i + k) % 80] for k in range(4)]
+        patterns = [draw.getrandbits(4) for _ in range(8)] + [0b1111] * (i % 3 > 0)
+        blocks.append(block(own, kinds, patterns))
+    optima = Optima(blocks)
+    start = time.perf_counter()
+    found = [optima.admitted(name) for name in names]
+    # 0.3 s here for 80 optima of 40 coupled blocks, where all subsets of 80 claims would never end
+    assert time.perf_counter() - start < 20
+    assert all(len(patterns) for one in found for patterns in one.values())
+
+
+AXES = {"gpus": [10, 20, 40], "days": [1, 2, 5], "gpu_hour_usd": [1, 2, 3], "context": [1, 2]}
+TRAINING = "".join(f"{name} = {values}\n" for name, values in AXES.items())
+QUANTITIES = {
+    "training.cost": lambda gpus, days, gpu_hour_usd, context: gpus * days * 24 * gpu_hour_usd,
+    "training.gpus": lambda gpus, days, gpu_hour_usd, context: gpus,
+    "training.days": lambda gpus, days, gpu_hour_usd, context: days,
+    "training.gpu_hour_usd": lambda gpus, days, gpu_hour_usd, context: gpu_hour_usd,
+    "training.context": lambda gpus, days, gpu_hour_usd, context: context,
+}
+"""The same quantities as in the audit, written here again."""
+
+
+def printed(draw, value):
+    """A figure for about such a value: exact, rounded, a bound or a range."""
+    return draw.choice([f"{value}", f"<{value}", f">{value}", f"{value}-{2 * value}", f"{value * 1.3:.1e}"])
+
+
+def random_claims(draw):
+    """Claims on a cost and the axes that it has, and on an axis of another block."""
+    names = [draw.choice(list(QUANTITIES)) for _ in range(draw.randint(2, 7))]
+    figures = {}
+    for i, name in enumerate(names):
+        here = {axis: draw.choice(values) for axis, values in AXES.items()}
+        figures[f"c{i}"] = (name, printed(draw, QUANTITIES[name](**here)))
+    return figures
+
+
+def exhaustive(figures):
+    """At every completion of all axes together: the claims that hold."""
+    found = set()
+    for values in product(*AXES.values()):
+        here = dict(zip(AXES, values, strict=True))
+        held = {c for c, (name, text) in figures.items() if QUANTITIES[name](**here) in interval(text)}
+        found.add(frozenset(held))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_conflicts_of_random_specs_are_all_the_minimal_ones(tmp_path, seed):
+    """Against brute force: no completion holds all members, removing any one of them leaves one that does."""
+    figures = random_claims(random.Random(seed))
+    texts = [claim(c, name, (text, "", "A")) for c, (name, text) in figures.items()]
+    base = BASE.replace("gpus = [10, 20]\n", TRAINING)
+    found = {
+        frozenset(member.claim.id for member in conflict.members)
+        for conflict in audit(spec(tmp_path, *texts, base=base)).conflicts
+    }
+    held = exhaustive(figures)
+    for members in found:
+        assert not any(members <= one for one in held)
+        assert all(any(members - {dropped} <= one for one in held) for dropped in members)
+    every = [frozenset(kept) for n in range(1, len(figures) + 1) for kept in combinations(figures, n)]
+    broken = [one for one in every if not any(one <= other for other in held)]
+    assert found == {one for one in broken if not any(other < one for other in broken)}
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_verdicts_of_random_specs_are_leave_one_out(tmp_path, seed):
+    """Against brute force: where as many other claims as possible hold, the figure holds always, or not."""
+    figures = random_claims(random.Random(seed))
+    texts = [claim(c, name, (text, "", "A")) for c, (name, text) in figures.items()]
+    base = BASE.replace("gpus = [10, 20]\n", TRAINING)
+    held = exhaustive(figures)
+    for verdict in audit(spec(tmp_path, *texts, base=base)).verdicts:
+        name = verdict.claim.id
+        most = max(len(one - {name}) for one in held)
+        answers = {name in one for one in held if len(one - {name}) == most}
+        expected = "undetermined" if len(answers) > 1 else "consistent" if True in answers else "contradicts"
+        assert verdict.outcome == expected
+
+
+def test_a_single_axis_decides_where_it_does():
+    """The axis on which a figure depends, whatever else varies with it, and where it turns."""
+    a, b = (array.ravel() for array in np.meshgrid([1.0, 2.0, 3.0], [5.0, 7.0]))
+    decider, pair = deciders({"b": b, "a": a}, a >= 2, ())
+    assert pair is None
+    assert (decider.axis, decider.holds, decider.fails) == ("a", (2, 3), (1,))
+    assert decider.turns == ((1, 2),)
+
+
+def test_two_axes_decide_where_none_does_alone():
+    """A sum of two axes is decided by the pair, and each single change that turns it is found."""
+    grid = np.meshgrid([1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0], [0.0, 9.0])
+    a, b, c = (array.ravel() for array in grid)
+    axes, holds = {"a": a, "b": b, "c": c}, a + b <= 4
+    decider, pair = deciders(axes, holds, ())
+    assert not decider.alone
+    assert pair.alone
+    assert {pair.axis, pair.cases[0][1].axis} == {"a", "b"}
+    assert pair.share == 1
+    for value, inner in pair.cases:
+        assert all(value + other <= 4 for other in inner.holds)
+        assert all(value + other > 4 for other in inner.fails)
+    start = int(np.flatnonzero((a == 2) & (b == 2) & (c == 0))[0])
+    found = {one.axis: one.values for one in steps(axes, holds, start)}
+    assert found == {"a": (3,), "b": (3, 4)}
+
+
+def test_the_best_pair_says_how_much_it_tells():
+    """Of a sum of three axes no pair decides; its share is that of the completions it tells right."""
+    grid = np.meshgrid(*[np.arange(4.0)] * 3)
+    axes = {name: array.ravel() for name, array in zip("abc", grid, strict=True)}
+    holds = sum(axes.values()) <= 4
+    _, pair = deciders(axes, holds, ())
+    cells = {}
+    for *cell, yes in zip(axes["a"], axes["b"], holds, strict=True):
+        cells.setdefault(tuple(cell), []).append(bool(yes))
+    right = sum(max(sum(cell), len(cell) - sum(cell)) for cell in cells.values())
+    assert not pair.alone
+    assert math.isclose(pair.share, right / len(holds))  # every pair of three like axes tells as much

@@ -264,12 +264,20 @@ def evaluated(node, values):
 
 
 def test_derivations_give_the_value_that_theory_gives():
-    """The formula that an explanation prints, worked out by itself, is the quantity at that completion."""
-    checked = 0
+    """The formula that an explanation prints, worked out by itself, is the quantity at that completion.
+
+    But for formulas that name a procedure (a search, a simulation): these have tests of their own.
+    """
+    checked, skipped = 0, set()
     for verdict in AUDIT.verdicts:
         for one in verdict.findings:
             quantity = one.test.quantity
-            found = float(evaluated(ast.parse(quantity.formula, mode="eval").body, names(LEAK, one)))
+            formula = ast.parse(quantity.formula, mode="eval").body
+            called = {node.func.id for node in ast.walk(formula) if isinstance(node, ast.Call)}
+            if called - set(FUNCTIONS):
+                skipped |= called
+                continue
+            found = float(evaluated(formula, names(LEAK, one)))
             values = {name: np.array([value]) for name, value in one.example.items()}
             shown = one.test.span(Values(LEAK, values))
             ends = [end * one.test.unit.factor for end in shown]
@@ -278,7 +286,8 @@ def test_derivations_give_the_value_that_theory_gives():
             # 1e-9: a value that should be 0.
             assert low * (1 - 1e-12) - 1e-9 <= found <= high * (1 + 1e-12) + 1e-9, quantity.name
             checked += 1
-    assert checked > 50
+    assert checked > 80
+    assert skipped <= {"best_length", "finished", "gain"}
 
 
 def test_explanations_show_numbers_and_the_way_out():

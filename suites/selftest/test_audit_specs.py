@@ -78,7 +78,7 @@ def test_a_spec_without_claims_says_so(tmp_path):
     ],
 )
 def test_what_cannot_be_judged_says_why(tmp_path, quantity, reading, outcome, reason):
-    """What theory or spec lacks is not yet judged, what prints no figure not quantitative: with the reason."""
+    """What theory lacks is not yet judged, what prints no figure not quantitative, and each says why."""
     verdict = only(audit(spec(tmp_path, claim("c", quantity, reading))))
     assert verdict.outcome == outcome
     assert reason in verdict.reason

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from harness.theory.activations import kept, stage_activations
 from harness.theory.layout import Layout
 
 EAGER = Layout(flash=False)
-B, S, D, H, HEAD, FF, E, K = 2, 64, 48, 6, 8, 80, 12, 3
+B, S, D, H, HEAD, FF, E, K = 2, 64, 48, 6, 8, 84, 12, 3
 """Sequences, tokens, d_model, heads, head_dim, d_ff, experts, top-k of the measured layers."""
 
 
@@ -155,7 +155,7 @@ SHAPES = {
     "grouped, SwiGLU, RMSNorm": shape(groups=2, ffn=GATED),
     "multi-query, parallel block": shape(groups=1, ffn=GATED, parallel_block=True),
     "experts": shape(moe=ROUTED, norm=LAYERNORM),
-    "gated experts and a shared one": shape(groups=3, moe=SHARED),
+    "gated experts and a shared one": shape(groups=2, moe=SHARED),
     "latent attention": shape(ffn=GATED, mla=LATENT),
     "latent queries too": shape(ffn=PLAIN, mla=LATENT.model_copy(update={"q_lora_rank": 20})),
 }
@@ -180,6 +180,64 @@ def test_flash_attention_keeps_a_number_for_each_query_and_head() -> None:
     flash, eager = (kept(dense, Layout(flash=flash, microbatch=B), S).dense_layer for flash in (True, False))
     assert saved == B * S * H * (2 * 4 * HEAD + 4)
     assert flash - eager == B * S * H * 4 - 2 * B * H * S * S
+
+
+def parted(architecture: Architecture, t: int) -> Architecture:
+    """The layer as one of t tensor ranks sees it: its heads and its part of every d_ff, at full d_model."""
+    a, ffn, moe = architecture.attention, architecture.ffn, architecture.moe
+    groups = max(1, a.n_kv_heads // t) if a.mla is None else a.n_heads // t
+    heads = a.model_copy(update={"n_heads": a.n_heads // t, "n_kv_heads": groups})
+    if ffn is not None:
+        ffn = ffn.model_copy(update={"d_ff": ffn.d_ff // t})
+    if moe is not None:
+        expert, shared = (
+            one and one.model_copy(update={"d_ff": one.d_ff // t}) for one in (moe.expert, moe.shared)
+        )
+        moe = moe.model_copy(update={"expert": expert, "shared": shared})
+    return architecture.model_copy(update={"attention": heads, "ffn": ffn, "moe": moe})
+
+
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("t", [2, 6])
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_tensor_rank_keeps_what_its_part_of_the_layer_keeps(name: str, t: int, flash: bool) -> None:
+    """Without sequence parallelism a rank keeps as much as a layer of its heads and its part of d_ff."""
+    for recompute in ("none", "selective", "full"):
+        layout = Layout(t, flash=flash, sequence_parallel=False, recompute=recompute)
+        rank = kept(SHAPES[name], layout, S, dropout=True)
+        part = kept(parted(SHAPES[name], t), replace(layout, tensor_parallel=1), S, dropout=True)
+        for unit in ("dense_layer", "moe_layer", "dense_again", "moe_again", "embedding"):
+            assert getattr(rank, unit) == pytest.approx(getattr(part, unit), rel=1e-12), unit
+
+
+@pytest.mark.parametrize(("e", "w", "d"), [(6, 1, 1), (3, 2, 1), (1, 6, 1), (12, 1, 2), (2, 1, 1)])
+def test_all_ranks_together_keep_the_whole_layer(e: int, w: int, d: int) -> None:
+    """Under sequence parallelism t ranks keep one layer, and w copies of what their experts read and give."""
+    architecture = SHAPES["gated experts and a shared one"].model_copy(
+        update={"attention": SHAPES["experts"].attention}
+    )
+    one = kept(architecture, EAGER, S).moe_layer
+    ranks = Layout(6, 1, d, e, expert_tensor_parallel=w, flash=False)
+    copies = S * K * 2 * 2 * D * (w - 1)
+    assert 6 * kept(architecture, ranks, S).moe_layer == pytest.approx(one + copies, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_context_ways_divide_everything_that_is_kept(name: str) -> None:
+    """A quarter of the queries keeps a quarter of all tensors, attention weights over all keys included."""
+    whole, quarter = (kept(SHAPES[name], replace(EAGER, context_parallel=c), S) for c in (1, 4))
+    for unit in fields(whole):
+        assert getattr(whole, unit.name) == 4 * getattr(quarter, unit.name)
+
+
+@pytest.mark.parametrize(("schedule", "heads"), [("gpipe", 9), ("1f1b", 1)])
+def test_logits_wait_for_the_backward_pass(schedule: Any, heads: int) -> None:
+    """GPipe keeps the logits of all microbatches, 1F1B those of one."""
+    architecture = SHAPES["multi-head, GELU, LayerNorm"].model_copy(update={"n_layers": 2})
+    layout = Layout(1, 2, schedule=schedule)
+    one = kept(architecture, layout, S)
+    last, _ = stage_activations(architecture, layout, context=S, microbatches=9, stage=1)
+    assert last == heads * (one.dense_layer + one.head)
 
 
 def korthikanti(hidden: int, layers: int, heads: int) -> Architecture:

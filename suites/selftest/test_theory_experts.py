@@ -133,8 +133,10 @@ def test_eight_tokens_seldom_all_choose_one_of_sixteen_experts() -> None:
 def test_routing_moments_keep_their_bounds(
     n_experts: int, data: st.DataObject, skew: float, tokens: int
 ) -> None:
-    """Shares are probabilities and no larger than under uniform routing; loads add up; busiest is no less
-    than the mean; all grow with the tokens."""
+    """Shares are probabilities, no larger than under uniform routing, and grow with the tokens.
+
+    Loads add up, and the busiest rank has no less than the mean and no more than it can hold.
+    """
     top_k = data.draw(st.integers(1, n_experts))
     rates = routing.inclusion_probabilities(n_experts, top_k, skew)
     assert rates.sum() == pytest.approx(top_k)  # bisection to float precision
@@ -151,7 +153,7 @@ def test_routing_moments_keep_their_bounds(
 
 
 def test_a_table_of_skewed_routing_is_the_function() -> None:
-    """Between its points the table is within 1e-3 of the share, 2e-3 of the spread, for numbers and arrays."""
+    """Between its points a table is within 1e-3 of the share and 2e-3 of the spread, of arrays too."""
     table = routing.touched_table(128, 8, 0.8)
     tokens = np.geomspace(0.5, 1e5, 91)
     exact, found = routing.touched(128, 8, tokens, 0.8), table(tokens)

@@ -185,8 +185,7 @@ def test_ranks_divide_the_work_and_the_bytes(name: str, ways: int) -> None:
 
 
 def test_one_key_value_head_and_latents_are_copied() -> None:
-    """The cache of multi-query and of latent attention is read whole by every tensor rank, and divided by
-    data parallelism."""
+    """Every tensor rank reads the whole cache of multi-query and latent attention; data ranks divide it."""
     for name in ("palm-540b", "deepseek-v3"):
         one, tensor, data = priced(name), priced(name, tensor_parallel=8), priced(name, data_parallel=8)
         assert tensor.cache_full == one.cache_full
@@ -194,8 +193,10 @@ def test_one_key_value_head_and_latents_are_copied() -> None:
 
 
 def test_expert_parallel_ranks_share_experts() -> None:
-    """e ranks hold E / e experts each; at a large batch all are read everywhere, and the busiest rank has the
-    mean load but for its spread."""
+    """e ranks hold E / e experts each, read all of them at a large batch, and have the mean load.
+
+    The busiest of them has more by the spread, or by the skew.
+    """
     model = architecture("deepseek-v3")
     whole = priced("deepseek-v3", "h200", "fp8", data_parallel=32, expert_parallel=1)
     split = priced("deepseek-v3", "h200", "fp8", data_parallel=32, expert_parallel=32)

@@ -235,6 +235,8 @@ def test_caches_are_copied_where_heads_run_out() -> None:
             serving_memory(architecture, Layout(t), BF16, batch=5, context=2048).cache for t in (1, 8)
         )
         assert one == ways * eight, name
+        two = serving_memory(architecture, Layout(context_parallel=2), BF16, batch=5, context=2048)
+        assert one == 2 * two.cache
     sequences = serving_memory(load("deepseek-v3").architecture, Layout(), BF16, batch=1, context=1)
     assert sequences.cache == 70272  # bytes a token, as DeepSeek-V3's 61 x (512 + 64) elements
 

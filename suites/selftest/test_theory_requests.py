@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from harness.theory.inference import (
     Pricer,
     decode,
     decode_mfu,
+    phase_rates,
     pipeline_times,
     prefill,
     pricer,
@@ -46,8 +48,10 @@ def without_links(one: Pricer, pass_: Pass) -> float:
 @pytest.mark.parametrize("stages", [1, 4, 16])
 @pytest.mark.parametrize("microbatches", [1, 4, 16, 40])
 def test_pipelines_keep_their_slowest_stage_busy(stages: int, microbatches: int) -> None:
-    """A period is no shorter than a microbatch's latency, nor than all of them in the slowest stage; no
-    schedule of one stage at a time beats it, and with one stage nothing overlaps."""
+    """A period is no shorter than a microbatch's latency, nor than all of them in the slowest stage.
+
+    With one stage nothing overlaps.
+    """
     one = priced("llama-3.1-405b", tensor_parallel=8, pipeline_parallel=stages)
     whole = decode(one.architecture, 640, 2000)
     found = pipeline_times(one, whole, microbatches)
@@ -114,6 +118,30 @@ def test_decode_utilisation_is_of_the_models_flops() -> None:
     one = priced("llama-3.1-405b", tensor_parallel=8, pipeline_parallel=4)
     alone, filled = (decode_mfu(one, 256, 1000, microbatches) for microbatches in (1, 4))
     assert alone < filled < 4 * alone
+
+
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "llama-3.1-70b", "deepseek-v3"])
+def test_input_tokens_cost_less_than_output_tokens(name: str) -> None:
+    """Prefill yields more tokens per second than decoding at any batch, most of all at one sequence."""
+    one = priced(name, "h200", tensor_parallel=8)
+    ratios = []
+    for batch in (1, 32, 1024):
+        inward, outward = phase_rates(one, batch, 2048, 256)
+        assert inward > outward
+        ratios.append(inward / outward)
+    assert ratios == sorted(ratios, reverse=True)
+
+
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "llama-3.1-70b"])
+def test_time_on_links_falls_slower_than_the_ranks_grow(name: str) -> None:
+    """Twice the tensor ranks take less than half off the time on links, and each is busy for less of it."""
+    steps = []
+    for ways in (2, 4, 8, 16):
+        one = priced(name, tensor_parallel=ways)
+        steps.append(one.step(decode(one.architecture, 64, 2048)))
+    for fewer, more in itertools.pairwise(steps):
+        assert more.communication > fewer.communication / 2
+        assert more.utilisation < fewer.utilisation
 
 
 PUBLISHED_MIXTRAL = {1: 0.962, 8: 3.224, 32: 3.816, 128: 4.838}

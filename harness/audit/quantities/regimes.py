@@ -155,8 +155,8 @@ _SHARED = (
 )
 def _decode_bound(
     batch: Any,
-    n_experts: Numbers,
-    top_k: Numbers,
+    n_experts: Any,
+    top_k: Any,
     microbatches_in_flight: Any,
     bytes_of_weight: float,
     balance: float,
@@ -181,8 +181,8 @@ def _decode_bound(
 )
 def _output_over_input(
     batch: Any,
-    n_experts: Numbers,
-    top_k: Numbers,
+    n_experts: Any,
+    top_k: Any,
     microbatches_in_flight: Any,
     bytes_of_weight: float,
     balance: float,
