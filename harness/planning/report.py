@@ -68,7 +68,9 @@ class Plan:
         )
         yield Table(f"Ruled out, the best by {self.by} if it could be", (*headers, "because"), rows)
         limits = tuple(
-            (name, one.layouts, one.alone, *self._gain(one.best)) for name, one in self.broken.items()
+            (name, one.layouts, one.alone, *self._gain(one.best))
+            for name, one in self.broken.items()
+            if one.layouts
         )
         heads = (
             "limit",

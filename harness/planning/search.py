@@ -89,7 +89,13 @@ class Question:
     @property
     def title(self) -> str:
         """The question in short."""
-        return f"{self.name} on {self.gpus:,} x {self.hardware.name}"
+        stated = (
+            f"{one.name} {getattr(self.efficiency, one.name):g}"
+            for one in fields(Efficiency)
+            if getattr(self.efficiency, one.name) != one.default
+        )
+        rates = ", ".join(stated) or "the data sheet's rates"
+        return f"{self.name} on {self.gpus:,} x {self.hardware.name} at {rates}"
 
 
 @dataclass(frozen=True)
@@ -230,7 +236,7 @@ def _nothing(
     always = [name for name, (some, _) in broken.items() if some == done]
     if "memory" in always:
         facts = smallest.found[0].facts
-        right = "take more GPUs, a smaller batch, or hardware with more memory"
+        right = "take more GPUs, or hardware with more memory"
         return f"{start}: the least, {ways(facts)}, {memory_sentence(facts, question.room)}; {right}"
     if always:
         return f"{start}: all {done:,} of them break {' and '.join(always)}; loosen that"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,8 @@ def plan(
     forms = [precision(name) for name in precisions or default_precisions(question.hardware)]
     constraints = parse_all(question.constraints, CONSTRAINED)
     architecture, impossible = question.architecture, layouts.RuledOut()
-    space = serving_space(architecture, question.gpus).trying(question.tries, SERVED)
+    space = serving_space(architecture, question.gpus, question.hardware.island)
+    space = space.trying(question.tries, SERVED)
     found = layouts.shapes(architecture, space, question.gpus, question.fewest, impossible)
     parts = layouts.serving_layouts(architecture, space, found)
     total = len(forms) * sum(len(part) for part in parts)
@@ -111,7 +113,10 @@ def plan(
                 columns = _evaluated(question, part, form, prompt, output, skew)
                 yield Batch(part.layout, columns, _limits(question, columns, constraints, promised))
 
-    return search(question, GOAL, batches(), total, impossible, watch)
+    asked = replace(
+        question, name=f"{question.name}, prompts of {prompt:,} and answers of {output:,} tokens,"
+    )
+    return search(asked, GOAL, batches(), total, impossible, watch)
 
 
 def _promises(slo: Mapping[str, str]) -> dict[str, float]:

@@ -75,11 +75,13 @@ def _whole(text: str, name: str) -> int:
     return int(value)
 
 
-def training_space(architecture: Architecture, gpus: int, context: int, sequences: float) -> Space:
+def training_space(
+    architecture: Architecture, gpus: int, island: int, context: int, sequences: float
+) -> Space:
     """What a search of training layouts tries by default."""
     heads, layers, experts = _sizes(architecture)
     return Space(
-        tensor_parallel=tensor_ways(heads, gpus),
+        tensor_parallel=tensor_ways(heads, gpus, island),
         pipeline_parallel=stages(layers, gpus),
         context_parallel=_powers(min(gpus, max(1, context // SHORTEST_PIECE))),
         expert_parallel=_divisors(experts, gpus),
@@ -91,12 +93,12 @@ def training_space(architecture: Architecture, gpus: int, context: int, sequence
     )
 
 
-def serving_space(architecture: Architecture, gpus: int, most_batch: int = 8192) -> Space:
+def serving_space(architecture: Architecture, gpus: int, island: int, most_batch: int = 8192) -> Space:
     """What a search of serving layouts tries by default: batches by halves of octaves."""
     heads, layers, experts = _sizes(architecture)
     octaves = [3 * n // 2 for n in _powers(most_batch)[1:] if 3 * n // 2 <= most_batch]
     return Space(
-        tensor_parallel=tensor_ways(heads, gpus),
+        tensor_parallel=tensor_ways(heads, gpus, island),
         pipeline_parallel=stages(layers, gpus),
         expert_parallel=_divisors(experts, gpus),
         batch=tuple(sorted({*_powers(most_batch), *octaves})),
@@ -108,10 +110,19 @@ def _sizes(architecture: Architecture) -> tuple[int, int, int]:
     return architecture.attention.n_heads, architecture.n_layers, moe.n_experts if moe else 1
 
 
-def tensor_ways(heads: int, gpus: int) -> tuple[int, ...]:
-    """Divisors of the heads and powers of two: those that do not divide are then ruled out by name."""
+def tensor_ways(heads: int, gpus: int, island: int) -> tuple[int, ...]:
+    """Divisors of the heads and powers of two: those that do not divide are then ruled out by name.
+
+    Of several islands only ways that fill them evenly: groups of 6 would straddle islands of 8. Powers of two
+    below an island are tried on any, as 64 of a rack's 72.
+    """
     most = min(MOST_TENSOR_WAYS, gpus)
-    return tuple(sorted({*_divisors(heads, most), *_powers(most)}))
+    powers = _powers(most)
+    return tuple(
+        ways
+        for ways in sorted({*_divisors(heads, most), *powers})
+        if gpus <= island or island % ways == 0 or ways % island == 0 or (ways in powers and ways < island)
+    )
 
 
 def stages(layers: int, gpus: int) -> tuple[int, ...]:

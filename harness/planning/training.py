@@ -114,7 +114,8 @@ def plan(
         raise SpecError(f"a run multiplies in one precision, and {len(precisions)} are given; give one")
     multiplied = precision(precisions[0]).multiplied
     question.hardware.peak_flops(multiplied)
-    space = training_space(architecture, question.gpus, context, sequences).trying(question.tries, TRAINED)
+    space = training_space(architecture, question.gpus, question.hardware.island, context, sequences)
+    space = space.trying(question.tries, TRAINED)
     found = layouts.shapes(architecture, space, question.gpus, question.fewest, impossible)
     grids = layouts.training_grids(architecture, space, found, sequences, impossible)
 

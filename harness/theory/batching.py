@@ -69,7 +69,7 @@ def continuous(lengths: Sequence[int], slots: int) -> Schedule:
 
 def continuous_bounds(lengths: Sequence[int], slots: int) -> tuple[float, float]:
     """Between which any order of arrival leaves the iterations of continuous batching:
-    max(sum l / b, max l) and sum l / b + (1 - 1/b) max l (Graham 1969, theorem 1's proof).
+    max(sum l / b, max l) and sum l / b + (1 - 1/b) max l (Graham 1969).
     """
     _refuse(lengths, slots)
     share, longest = sum(lengths) / slots, max(lengths)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from harness.spec.architecture import Architecture
+from harness.spec.architecture import Architecture, Moe
 from harness.spec.hardware import Hardware
 from harness.theory.collectives import Collective, Group, on_islands, place, sent_bytes
 from harness.theory.layout import Layout
@@ -148,19 +148,48 @@ def head_traffic(
     return () if direction == "forward" else (Traffic("all-reduce", 1, payload, group),)
 
 
-def expert_traffic(
-    architecture: Architecture, layout: Layout, hardware: Hardware, tokens: Any, *, element: float = 2.0
-) -> tuple[Traffic, ...]:
-    """Expert parallelism of one MoE layer and one microbatch, in one direction: two all-to-alls.
+def islands_reached(moe: Moe, islands: Any) -> Any:
+    """Islands that a token's K experts lie on, on average: each has as many, and routing is uniform.
 
-    Dispatch and combine move N K D / t elements of each rank, 1 - 1/e of them to other ranks if routing is
-    uniform (GShard, Lepikhin et al. 2020, arXiv 2006.16668, section 3.2): exact in expectation. A token that
-    two experts of one rank want is sent twice. Backward sends as much. Nothing where there are no experts.
+    n (1 - C(E - E/n, K) / C(E, K)) of n islands; no more than group-limited routing lets it reach
+    (DeepSeek-V3, arXiv 2412.19437, section 2.1.2: 4 of 8).
     """
-    if architecture.moe is None:
+    missed: Any = 1.0
+    for chosen in range(moe.top_k):
+        missed = missed * np.maximum(moe.n_experts - moe.n_experts / islands - chosen, 0)
+        missed = missed / (moe.n_experts - chosen)
+    most = moe.router.topk_groups * np.maximum(islands / moe.router.n_groups, 1)
+    return np.minimum(islands * (1 - missed), most)
+
+
+def expert_traffic(
+    architecture: Architecture,
+    layout: Layout,
+    hardware: Hardware,
+    tokens: Any,
+    *,
+    relayed: bool = False,
+    element: float = 2.0,
+) -> tuple[Traffic, ...]:
+    """Expert parallelism of one MoE layer and one microbatch, in one direction: dispatch and combine.
+
+    Each moves N K D / t elements of a rank, 1 - 1/e of them to other ranks if routing is uniform (GShard,
+    Lepikhin et al. 2020, arXiv 2006.16668, section 3.2): exact in expectation. Backward sends as much.
+    `relayed`: a token goes to each island that it has experts on once, and from there to the experts' ranks
+    (DeepSeek-V3, section 3.2.2). Nothing where there are no experts.
+    """
+    moe = architecture.moe
+    if moe is None:
         return ()
-    payload = tokens / layout.tensor_parallel * architecture.moe.top_k * architecture.d_model * element
-    return (Traffic("all-to-all", 2, payload, experts_group(layout, hardware)),)
+    token = tokens / layout.tensor_parallel * architecture.d_model * element
+    group = experts_group(layout, hardware)
+    if not relayed:
+        return (Traffic("all-to-all", 2, token * moe.top_k, group),)
+    reached = islands_reached(moe, group.islands)
+    return (
+        Traffic("all-to-all", 2, token * reached, Group(group.islands, 1)),
+        Traffic("all-to-all", 2, token * moe.top_k, Group(group.local, group.local)),
+    )
 
 
 def context_traffic(

@@ -6,7 +6,8 @@ and expert parallelism, and those that share an expert in width. Shapes: [T, D] 
   all-reduce  after attention and after the feed-forward network (once with a parallel block), [T / (d c), D]
               over t (Shoeybi et al. 2019, arXiv 1909.08053, section 3), by the fastest algorithm of its size
   exchange    where e w reaches beyond the t ranks: each rank sends its share of the tokens to every rank that
-              holds one of its experts, e (1 - (1 - 1/e)^K) of them on average, and gets as much back
+              holds one of its experts, e (1 - (1 - 1/e)^K) of them on average (experts taken as drawn
+              with replacement: up to 3 % too few), and gets as much back
               (GShard, arXiv 2006.16668, section 3.1), then the t ranks gather the whole: in place of the
               feed-forward's all-reduce. A token goes to a rank once, whoever wants it there, and the
               messages to all ranks are under way at the same time
@@ -124,17 +125,22 @@ def _all_reduces(hardware: Hardware, ways: Any, efficiency: Efficiency) -> list[
         for link in (hardware.island_link, hardware.network_link)
     )
     one = group.islands <= 1
-    lines: list[Line] = []
-    algorithms: tuple[Algorithm, ...] = ("ring", "tree", "in-network")
-    for algorithm in algorithms[: 2 + hardware.in_network]:
-        scatter = _line("reduce-scatter", group.local, inside, algorithm)
-        gather = _line("all-gather", group.local, inside, algorithm)
-        over = _line("all-reduce", group.islands, between, "tree" if algorithm == "in-network" else algorithm)
+    never = np.where(one, 0.0, np.inf)
+    lines: list[Line] = [(inside.latency * (ways > 1) + never, (ways - 1) / inside.bandwidth)]
+    # A tree scatters and gathers at the bandwidth of a ring and with less latency; a switch with less still.
+    quickest: Algorithm = "in-network" if hardware.in_network else "tree"
+    scatter = _line("reduce-scatter", group.local, inside, quickest)
+    gather = _line("all-gather", group.local, inside, quickest)
+    algorithms: tuple[Algorithm, ...] = ("ring", "tree")
+    for algorithm in algorithms:
         near = _line("all-reduce", group.local, inside, algorithm)
+        over = _line("all-reduce", group.islands, between, algorithm)
         far = (scatter[0] + over[0] + gather[0], scatter[1] + over[1] / group.local + gather[1])
         lines.append((np.where(one, near[0], far[0]), np.where(one, near[1], far[1])))
-    at_once = np.where(one, inside.latency * (ways > 1), np.inf)
-    return [*lines, (at_once, (ways - 1) / inside.bandwidth)]
+    if hardware.in_network:
+        fixed, slope = _line("all-reduce", group.local, inside, "in-network")
+        lines.append((fixed + never, slope))
+    return lines
 
 
 def _line(kind: Collective, ranks: Any, link: Wire, algorithm: Algorithm = "ring") -> Line:

@@ -181,7 +181,7 @@ def in_flight(
     interleaved   min((v - 1) p + 2 (p - i) - 1, m v) / v: 1 + (p - 1) / (p v) times 1F1B's p on stage 0
                   (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.3)
     zb-h1         p - i + w i
-    zb-h2         2 (p - i) - 1 + 2 w i                          (Qi et al. 2023, sections 2.1 and 2.2)
+    zb-h2         2 (p - i) - 1 + 2 w i                          (Qi et al. 2023, section 2.3)
     zbv           p on every stage                               (the same, section 6)
 
     w, `weight_share`, is what a microbatch keeps between its gradients by the input and by the weights, as a

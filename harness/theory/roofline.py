@@ -19,8 +19,8 @@ ended, so that reading the weights of one never hides behind multiplying with th
   links      `harness.theory.links`
   overhead   what `Efficiency` states per kernel, layer and pass, and per sequence of a data-parallel rank
 
-Left out: norms, activations, softmax, sampling, the look-up of embeddings. Every number of a `Layout` may be
-an array: the times are then arrays over layouts. All seconds.
+Left out: norms, activations, softmax, sampling, the look-up of embeddings. Every number of a `Layout`, and
+with uniform routing every dimension of the architecture, may be an array: so are the times then. All seconds.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ class Pricer:
         distinct = smaller(held * one.share + largest * (held * one.share_spread) ** 0.5, held)
         load = held * one.load + largest * (held * one.load_spread) ** 0.5
         if self.skew:
-            others = (tokens * top_k - one.hottest) / (n_experts - 1)
+            others = (tokens * top_k - one.hottest) / max(n_experts - 1, 1)
             load = larger(load, one.hottest + (held - 1) * others)
         load = smaller(load, tokens * smaller(top_k, held))
         return load * self.expert_assignment, distinct * self.expert_read

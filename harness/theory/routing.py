@@ -43,7 +43,7 @@ def inclusion_probabilities(n_experts: int, top_k: int, skew: float = 0.0) -> Fl
     """pi [E], summing to K: a token draws K experts one by one, without replacement, with weights i^-s.
 
     Drawing so is a race of independent exponential clocks of rates p_i, of which the first K to ring are
-    taken (Efraimidis and Spirakis 2006, Weighted random sampling with a reservoir, proposition 5). The time
+    taken (Efraimidis and Spirakis 2006, Weighted random sampling with a reservoir). The time
     of the K-th ring is taken as fixed at the t where K clocks have rung on average, so that
     pi_i = 1 - exp(-p_i t) with sum_i pi_i = K (Rosen 1972): exact at s = 0 and at K = E, otherwise off by
     what that time varies, which matters for few experts (5 % of pi_1 at E = 16, K = 2, s = 1). Raises
@@ -196,7 +196,7 @@ def touched_table(n_experts: int, top_k: int, skew: float) -> TouchedTable:
 def expected_maximum_normal(n: Any) -> Any:
     """The largest of n independent standard normals, on average; 0 for n = 1. An array for an array.
 
-    n integral of x phi(x) Phi(x)^(n-1) dx (David and Nagaraja 2003, Order Statistics, section 3.1), summed.
+    n integral of x phi(x) Phi(x)^(n-1) dx (David and Nagaraja 2003, Order Statistics, chapter 3), summed.
     """
     if isinstance(n, np.ndarray):
         distinct, where = np.unique(n, return_inverse=True)
@@ -241,8 +241,9 @@ def most_loaded_expert(n_experts: int, top_k: int, tokens: int, skew: float = 0.
     """P(no expert receives more than x of T tokens) for x = 0 .. T: [T + 1].
 
     The product over experts of the binomial P(c_i <= x) at pi_i, as if loads were independent. They are
-    negatively associated, which makes the product the larger one (Joag-Dev and Proschan 1983, property P4;
-    Mallows 1968 for multinomial counts), and so the mean, (1 - this).sum(), a lower bound.
+    negatively associated, which makes the product the larger one (Joag-Dev and Proschan 1983, Negative
+    association of random variables; Mallows 1968 for multinomial counts), and so the mean, the sum of
+    1 - this, a lower bound.
     """
     rates = inclusion_probabilities(n_experts, top_k, skew)
     counts = np.arange(tokens + 1)

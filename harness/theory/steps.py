@@ -160,6 +160,7 @@ def training_step(
     convention: FlopConvention = "palm",
     overlap: Overlap = EXPOSED,
     flush: bool | None = None,
+    relayed: bool = False,
     element: float = 2.0,
     weight_bytes: float = 2.0,
     gradient_bytes: float = 2.0,
@@ -168,7 +169,8 @@ def training_step(
 
     `attention`: which query-key pairs are multiplied ("causal": kernels that skip the masked ones).
     `convention`: of the MFU (`training.FLOP_CONVENTIONS`), over the peak of the format `multiplied`.
-    `element`, `weight_bytes`, `gradient_bytes`: of what is sent. `flush`: see `pipeline.bubble`.
+    `element`, `weight_bytes`, `gradient_bytes`: of what is sent. `flush`: see `pipeline.bubble`; `relayed`:
+    see `communication.expert_traffic`.
 
     Backward is two products for each of forward's; those of attention's scores and values are all on the way
     to the input. With recomputation the backward pass repeats what `training.work_per_token` says, with full
@@ -203,7 +205,7 @@ def training_step(
         again = parts["attention.scores"] / layers + (again if layout.recompute == "full" else 0.0)
 
     forward, backward = (
-        _sent(architecture, layout, hardware, tokens, way, element, efficiency.network, overlap)
+        _sent(architecture, layout, hardware, tokens, way, element, efficiency.network, overlap, relayed)
         for way in communication.DIRECTIONS
     )
     moved = moved_bytes(architecture, layout, context, element)
@@ -282,6 +284,7 @@ def _sent(
     element: float,
     share: float,
     overlap: Overlap,
+    relayed: bool,
 ) -> _Sent:
     """Exposed communication of the mean layer and at the head, in one direction."""
     routed = parameters.n_moe_layers(architecture) / architecture.n_layers
@@ -297,7 +300,9 @@ def _sent(
         mean = mean + (1 - routed) * tensor(False)
     if routed > 0:
         mean = mean + routed * tensor(True)
-    exchange = communication.expert_traffic(architecture, layout, hardware, tokens, element=element)
+    exchange = communication.expert_traffic(
+        architecture, layout, hardware, tokens, relayed=relayed, element=element
+    )
     ring = communication.context_traffic(architecture, layout, hardware, tokens, way, element=element)
     head = communication.head_traffic(architecture, layout, hardware, tokens, way, element=element)
     return _Sent(

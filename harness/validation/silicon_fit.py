@@ -7,7 +7,7 @@ one measurement under other names count once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from harness.spec import SpecError
 from harness.validation.silicon_constants import RANGES, Constants
-from harness.validation.silicon_rows import Row
+from harness.validation.silicon_rows import Row, Rows, load_rows
 from harness.validation.silicon_terms import Floats, Terms, of_rows, terms
 
 LOSS, SCALE = "soft_l1", 0.1
@@ -90,6 +90,29 @@ def left_out(data: Measured, key: str) -> tuple[Predicted, dict[str, Constants]]
         all_rows = predict(data, constants)
         result.tpot[out], result.ttft[out] = all_rows.tpot[out], all_rows.ttft[out]
     return result, by_group
+
+
+@dataclass(frozen=True)
+class Held:
+    """All answered rows, and their times by constants from all rows and from other models or systems."""
+
+    rows: Rows
+    data: Measured
+    constants: Constants
+    everything: Predicted
+    without_model: Predicted
+    without_system: Predicted
+    by_model: Mapping[str, Constants]
+
+
+def hold(rows: Rows | None = None) -> Held:
+    """Fit and predict, about a second. Raises SpecError where wheel or scipy are not installed."""
+    rows = load_rows() if rows is None else rows
+    data = measured_rows(rows.answered)
+    constants = fit(data)
+    without_model, by_model = left_out(data, "spec")
+    without_system, _ = left_out(data, "system")
+    return Held(rows, data, constants, predict(data, constants), without_model, without_system, by_model)
 
 
 def _minimum(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import csv
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +129,6 @@ def asker() -> Callable[[Row, str], Answer]:
         return None
 
     return ask
-
-
-def answered(read_back: Mapping[str, Mapping[str, Answer]], mode: str) -> Iterator[str]:
-    """Identities of the rows that a mode answers."""
-    return (identity for identity, by_mode in read_back.items() if by_mode[mode] is not None)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from __future__ import annotations
 import csv
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -226,11 +226,3 @@ def _layout(tensor: int, data: int, experts: int) -> Layout:
         expert_parallel=experts,
         expert_tensor_parallel=max(tensor * data // experts, 1),
     )
-
-
-def by(rows: Iterable[Row], key: str) -> dict[str, list[int]]:
-    """Indices of rows by one of their fields, in order of appearance."""
-    found: dict[str, list[int]] = {}
-    for index, row in enumerate(rows):
-        found.setdefault(str(getattr(row, key)), []).append(index)
-    return found

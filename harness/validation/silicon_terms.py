@@ -93,7 +93,8 @@ class Terms:
             total = total + np.maximum(computing / at, reading / by)
         lines = [fixed * c.latency + passes.tokens * slope / c.network for fixed, slope in self.reductions]
         total = total + np.minimum.reduce(lines)
-        return total + self.others[0] * c.latency + passes.tokens * self.others[1] / c.network
+        total = total + self.others[0] * c.latency + passes.tokens * self.others[1] / c.network
+        return np.asarray(total)
 
     def tpot(self, c: Constants) -> Floats:
         """Mean seconds of a pass, which is the time of an output token."""
@@ -128,7 +129,8 @@ def _group(rows: Sequence[Row]) -> Terms:
     """Of rows that share spec, hardware and formats."""
     one = rows[0]
     architecture, hardware = load(one.spec).architecture, load_hardware(one.system)
-    layout = Layout(**{name: np.array([getattr(row.layout, name) for row in rows]) for name in WIDTHS})
+    widths: dict[str, Any] = {n: np.array([getattr(row.layout, n) for row in rows]) for n in WIDTHS}
+    layout = Layout(**widths)
     priced = pricer(architecture, hardware, layout, one.precision)
     clients, prompt, output = (
         np.array([getattr(row, name) for row in rows]) for name in ("concurrency", "prompt", "output")

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("whole_lines")
         ("describe", "gpt4-leak", "--json"),
         ("audit", "gpt4-leak"),
         ("solve", "gpt4-leak"),
-        ("plan", "mixtral-8x7b", "--hardware", "h100", "--gpus", "8", "--goal", "train"),
+        ("plan", "mixtral-8x7b", "--hardware", "h100", "--gpus", "64", "--goal", "train"),
         ("plan", "dbrx", "--hardware", "h100", "--gpus", "8", "--goal", "serve"),
         ("spec", "validate", MIXTRAL),
         ("list", "specs"),

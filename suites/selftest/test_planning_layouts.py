@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from harness.planning import layouts
 from harness.planning.constraints import parse
 from harness.planning.settings import completed, efficiency_of, overlap_of
-from harness.planning.space import TRAINED, Space, stages, training_space
+from harness.planning.space import TRAINED, Space, stages, tensor_ways, training_space
 from harness.spec import Architecture, SpecError, load
 from harness.theory import pipeline
 from harness.theory.layout import Layout, check
@@ -145,12 +145,19 @@ def test_default_stages_are_few_and_even(layers: int, gpus: int) -> None:
     assert {p for p in range(1, min(layers, gpus) + 1) if layers % p == 0} <= set(tried)
 
 
+def test_tensor_ways_fill_islands_evenly() -> None:
+    """Over several islands no group of tensor ranks straddles two of them in part."""
+    assert tensor_ways(96, 1024, 8) == (1, 2, 4, 8, 16, 24, 32, 48, 64)
+    assert tensor_ways(96, 8, 8) == (1, 2, 3, 4, 6, 8)
+    assert tensor_ways(64, 144, 72) == (1, 2, 4, 8, 16, 32, 64)
+
+
 def test_default_spaces_hold_what_was_really_run() -> None:
     """What Llama 3 405B and DeepSeek-V3 were trained with is among the values that are tried."""
-    llama = training_space(load("llama-3.1-405b").architecture, 16384, 8192, 2048)
+    llama = training_space(load("llama-3.1-405b").architecture, 16384, 8, 8192, 2048)
     assert 8 in llama.tensor_parallel  # Llama 3, arXiv 2407.21783, table 4
     assert 16 in llama.pipeline_parallel
-    deepseek = training_space(load("deepseek-v3").architecture, 2048, 4096, 15360)
+    deepseek = training_space(load("deepseek-v3").architecture, 2048, 8, 4096, 15360)
     assert 16 in deepseek.pipeline_parallel  # DeepSeek-V3, arXiv 2412.19437, section 3.2
     assert 64 in deepseek.expert_parallel
     assert 1 in deepseek.zero_stage

@@ -21,7 +21,7 @@ from harness.spec import SpecError, load
 from harness.spec.hardware import load_hardware
 from harness.theory.inference import pricer, steady_state
 from harness.theory.layout import Layout, check
-from harness.theory.precision import precision
+from harness.theory.precision import Precision, precision
 from harness.theory.states import Memory, serving_memory, training_memory
 from harness.theory.steps import training_step
 from suites.selftest.plans import BATCH, CONTEXT, OUTPUT, PROMPT, TOKENS, TRIED, asked, served, trained
@@ -195,18 +195,7 @@ def test_serving_layouts_can_be_and_fit(name: str) -> None:
         check(question.architecture, layout)
         assert layout.devices == facts["gpus"] == 16
         form = precision(facts["precision"])
-        need = full(
-            lambda stage, layout=layout, facts=facts, form=form: serving_memory(
-                question.architecture,
-                layout,
-                form,
-                batch=facts["batch"],
-                context=PROMPT + OUTPUT,
-                stage=stage,
-                tokens=facts["batch"] * (1 + PROMPT / OUTPUT),
-            ),
-            layout,
-        )
+        need = kept(question, layout, form, facts["batch"])
         assert need == pytest.approx(facts["memory"], rel=1e-12)
         assert need <= question.room
         rounds = min(layout.pipeline_parallel, facts["batch"])
@@ -225,6 +214,55 @@ def test_the_front_of_serving_is_that_of_all_that_fits() -> None:
     assert len(points) == found.fitting > 1000
     front = [(one.facts["tpot"], one.facts["usd_per_1k"]) for one in found.front]
     assert front == sorted(nondominated(list(set(points))))
+
+
+def test_the_search_for_serving_agrees_with_trying_one_by_one() -> None:
+    """The same layouts, batches and precisions fit, with the same time per token and price."""
+    tries = {"tensor_parallel": "1,2,8", "pipeline_parallel": "1,2", "expert_parallel": "1,4,8"}
+    question = asked(gpus=8, tries=tries | {"batch": "1,3,64,1000"}, every=True, limit=10_000)
+    points, evaluated = [], 0
+    for tp, pp, ep in itertools.product((1, 2, 8), (1, 2), (1, 4, 8)):
+        layout = Layout(tp, pp, 8 // (tp * pp), ep)
+        if tp * pp > 8 or not runs(question, layout):
+            continue
+        for batch, name in itertools.product((1, 3, 64, 1000), ("bfloat16", "fp8")):
+            evaluated += 1
+            form, together = precision(name), batch * layout.data_parallel
+            if kept(question, layout, form, batch) <= question.room:
+                priced = pricer(question.architecture, question.hardware, layout, form)
+                answer = steady_state(priced, together, PROMPT, OUTPUT, min(pp, batch))
+                price = 8 * question.price / 3.6 / float(answer.tokens_per_second)
+                points.append((float(answer.tpot), price))
+    found = served(question)
+    assert (found.evaluated, found.fitting) == (evaluated, len(points))
+    assert 0 < len(points) < evaluated
+    assert near([(one.facts["tpot"], one.facts["usd_per_1k"]) for one in found.ranked]) == near(points)
+
+
+def runs(question: Question, layout: Layout) -> bool:
+    """Whether one layout passes the theory's own check."""
+    try:
+        check(question.architecture, layout)
+    except SpecError:
+        return False
+    return True
+
+
+def kept(question: Question, layout: Layout, form: Precision, batch: int) -> float:
+    """Bytes of the fullest rank in serving."""
+    tokens = batch * (1 + PROMPT / OUTPUT)
+    return full(
+        lambda stage: serving_memory(
+            question.architecture,
+            layout,
+            form,
+            batch=batch,
+            context=PROMPT + OUTPUT,
+            stage=stage,
+            tokens=tokens,
+        ),
+        layout,
+    )
 
 
 coordinates = st.integers(0, 6).map(float) | st.just(float("inf"))

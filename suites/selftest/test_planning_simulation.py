@@ -35,14 +35,18 @@ class Steps:
         return (64 + sum(w * n for w, n in zip((3, 5, 7, 2, 11, 13, 17, 19), counts, strict=False))) / 2**14
 
 
+QUICK = 1 / 64
+"""Seconds of a constant iteration, for arrivals at the very end of one."""
+
+
 def workloads(longest: int = 12) -> st.SearchStrategy[Workload]:
-    """Small loads, of an open or a closed loop; times in units of 2^-4 s, so that many coincide."""
+    """Small loads, of an open or a closed loop; times in units of 2^-6 s, as those of `QUICK`."""
     sizes = st.lists(st.tuples(st.integers(1, longest), st.integers(1, longest)), min_size=1, max_size=14)
 
     def made(drawn: tuple[Sequence[tuple[int, int]], int, int]) -> Workload:
         pairs, users, seed = drawn
         prompts, outputs = np.array(pairs).T
-        gaps = np.random.default_rng(seed).integers(0, 24, size=len(pairs)) / 16
+        gaps = np.random.default_rng(seed).integers(0, 24, size=len(pairs)) / 64
         at = None if users else np.cumsum(gaps) - gaps[0]
         return Workload(prompts, outputs, at, min(users, len(pairs)))
 
@@ -62,13 +66,22 @@ policies = st.builds(
 )
 
 
-@given(workloads(), policies, st.none() | st.integers(1, 9), st.none() | st.integers(24, 60))
-def test_it_is_the_naive_server(sent: Workload, policy: Policy, window: int | None, room: int | None) -> None:
+@given(
+    workloads(),
+    policies,
+    st.none() | st.integers(1, 9),
+    st.none() | st.integers(24, 60),
+    st.sampled_from((None, QUICK)),
+)
+def test_it_is_the_naive_server(
+    sent: Workload, policy: Policy, window: int | None, room: int | None, constant: float | None
+) -> None:
     """Each request's times are those of a loop over iterations and requests that shares no code with it."""
     cache = ENDLESS if room is None else Cache(room, 1, 1, window)
     cache = cache if float(cache.held(24)) <= cache.room else ENDLESS
-    found = simulate(sent, Steps(window), policy, cache, seed=3)
-    naive = NaiveServer(sent, Steps(window).seconds, policy, cache, window, seed=3).run()
+    steps = Steps(window, constant)
+    found = simulate(sent, steps, policy, cache, seed=3)
+    naive = NaiveServer(sent, steps.seconds, policy, cache, window, seed=3).run()
     for name in ("sent", "admitted", "first", "ended", "rounds"):
         assert getattr(found, name).tolist() == [getattr(one, name) for one in naive.requests], name
     assert (found.iterations, found.running) == (naive.iterations, naive.seen)

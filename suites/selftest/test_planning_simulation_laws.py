@@ -68,7 +68,8 @@ def test_tokens_and_pairs_are_conserved() -> None:
     sent = workload(200, "uniform:1-50", "uniform:1-30", rate=math.inf, seed=5)
     chunked = Policy(8, chunk=32, draft_length=2, acceptance=0.5)
     found = simulate(sent, Counting(0), chunked)
-    assert found.busy == sent.prompts.sum() + 3 * found.rounds.sum()
+    assert found.filling == sent.prompts.sum()
+    assert found.busy == found.filling + 3 * found.rounds.sum()
     left = sent.outputs - 1
     assert ((left / 3 <= found.rounds) & (found.rounds <= left)).all()
     found = simulate(sent, Counting(3), Policy(8, chunk=32))

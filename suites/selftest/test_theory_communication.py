@@ -179,6 +179,34 @@ def test_dispatch_moves_the_expected_share_of_assignments(experts: int, k: int, 
     assert away == pytest.approx(k * collectives.away_share(Group(ways, ways)), rel=CLOSE)
 
 
+@pytest.mark.parametrize(("experts", "k", "islands"), [(4, 1, 2), (8, 3, 4), (6, 2, 3), (8, 8, 8)])
+def test_a_token_reaches_the_islands_of_its_experts(experts: int, k: int, islands: int) -> None:
+    """The mean over all choices of k experts of the islands they lie on; groups limit it."""
+    moe = load("mixtral-8x7b").architecture.moe
+    assert moe is not None
+    moe = moe.model_copy(update={"n_experts": experts, "top_k": k})
+    choices = itertools.combinations(range(experts), k)
+    counts = [len({expert * islands // experts for expert in chosen}) for chosen in choices]
+    assert communication.islands_reached(moe, islands) == pytest.approx(np.mean(counts), rel=CLOSE)
+    deepseek = load("deepseek-v3").architecture.moe
+    assert deepseek is not None
+    assert communication.islands_reached(deepseek, 8) == 4
+    assert communication.islands_reached(deepseek, 1) == 1
+
+
+def test_relaying_inside_islands_spares_the_network() -> None:
+    """DeepSeek-V3's 64 ranks on 8 islands: 4 copies of a token cross at most, instead of 8 x 7/8."""
+    deepseek, hardware = load("deepseek-v3").architecture, load_hardware("h800")
+    layout = Layout(data_parallel=128, expert_parallel=64)
+    (direct,) = communication.expert_traffic(deepseek, layout, hardware, 4096)
+    between, inside = communication.expert_traffic(deepseek, layout, hardware, 4096, relayed=True)
+    crossing = direct.calls * direct.payload * collectives.between_share(direct.group)
+    assert between.sent == pytest.approx(crossing / 2, rel=CLOSE)
+    assert inside.group == Group(8, 8)
+    relayed = communication.total_seconds((between, inside), hardware)
+    assert relayed < direct.seconds(hardware)
+
+
 def alone(traffic: tuple[communication.Traffic, ...]) -> list[tuple[str, int, float]]:
     """Kind, calls and bytes of one call, of what leaves a rank."""
     return [

@@ -172,7 +172,9 @@ def test_the_largest_of_normals_is_tabulated_right() -> None:
     found = routing.expected_maximum_normal(np.array([[1, 2], [3, 2]]))
     expected = np.array([[0, 1], [1.5, 1]]) / math.sqrt(math.pi)
     np.testing.assert_allclose(found, expected, atol=1e-6)  # midpoints of width 1e-3: error of order 1e-7
-    assert routing.expected_maximum_normal(8) == pytest.approx(1.42360, abs=1e-5)  # Harter 1961, table 1
+    assert routing.expected_maximum_normal(8) == pytest.approx(
+        1.42360, abs=1e-5
+    )  # Harter 1961, Expected values of normal order statistics
 
 
 @pytest.mark.parametrize(("n_experts", "top_k", "skew"), [(4, 5, 0.0), (4, 0, 0.0), (4, 2, -1.0)])

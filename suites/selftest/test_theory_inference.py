@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from harness.spec import Architecture, SpecError, load
 from harness.spec.hardware import load_hardware
 from harness.theory import flops, memory, parameters, serving
+from harness.theory.collectives import on_islands, place
 from harness.theory.efficiency import Efficiency
 from harness.theory.inference import (
     BOUNDS,
@@ -231,6 +232,47 @@ def test_nothing_is_sent_by_one_rank_and_less_by_a_parallel_block() -> None:
     assert 2 * times[0] == pytest.approx(times[1], rel=EXACT)
 
 
+@pytest.mark.parametrize("hardware", ["a100-80gb", "h100"])
+@pytest.mark.parametrize("ways", [4, 8, 16, 32])
+def test_all_reduces_take_their_fastest_algorithm(hardware: str, ways: int) -> None:
+    """Two a layer: large ones as `collectives` says, small ones inside an island in one hop."""
+    one = priced("llama-3.1-70b", hardware, tensor_parallel=ways)
+    machine, layers = one.hardware, one.architecture.n_layers
+    large = 10**6
+    payload = large * one.architecture.d_model * 2
+    each = on_islands("all-reduce", place(ways, 1, machine.island), payload, machine)
+    assert one.links.seconds(large, min) == pytest.approx(2 * layers * each, rel=1e-6)  # slope from 1e9 bytes
+    if ways <= machine.island:
+        nothing = one.links.seconds(0, min)
+        assert nothing == pytest.approx(2 * layers * machine.island_link.latency, rel=EXACT)
+
+
+def test_tokens_are_sent_to_the_ranks_of_their_experts() -> None:
+    """Dispatch sends a token once to every rank that holds one of its experts; combine brings it back."""
+    one = priced("deepseek-v3", "h200", data_parallel=8, expert_parallel=8)
+    model, per_rank = one.architecture, 1024
+    assert model.moe is not None
+    generator = np.random.default_rng(3)
+    chosen = generator.random((20_000, model.moe.n_experts)).argpartition(8, axis=1)[:, :8] // 32
+    ranks = np.array([len(set(token)) for token in chosen.tolist()]).mean()
+    size = per_rank * ranks * 7 / 8 * model.d_model * 2
+    link = one.hardware.island_link
+    each = 2 * (link.latency + size / link.bandwidth)
+    # 3 %: what drawing with replacement leaves out; the sample's own error is 0.2 %.
+    assert one.links.seconds(8 * per_rank, min) == pytest.approx(58 * each, rel=0.03)
+
+
+def test_context_ranks_divide_the_cache_and_pass_it_round() -> None:
+    """c ranks read and multiply 1/c each, and send keys and values c - 1 times."""
+    one, several = priced("llama-3.1-8b"), priced("llama-3.1-8b", context_parallel=4)
+    for coefficient in ("cache_full", "pair_full", "matrices_token"):
+        assert 4 * getattr(several, coefficient) == pytest.approx(getattr(one, coefficient), rel=EXACT)
+    tokens, link = 4096, one.hardware.island_link
+    entry = memory.kv_cache_bytes_per_token(one.architecture, "bfloat16")
+    expected = 3 * (32 * link.latency + tokens / 4 * entry / link.bandwidth)
+    assert several.links.seconds(tokens, min) == pytest.approx(expected, rel=EXACT)
+
+
 ARRAYS = {
     "tensor_parallel": np.array([1, 2, 4, 8, 8, 16, 8, 1]),
     "pipeline_parallel": np.array([1, 2, 1, 4, 1, 1, 2, 1]),
@@ -257,6 +299,31 @@ def test_arrays_of_layouts_are_priced_like_each_of_them(name: str, skew: float) 
             for part in fields(Step):
                 whole = np.broadcast_to(getattr(step, part.name), (8,))
                 assert whole[i] == pytest.approx(getattr(alone.step(pass_), part.name), rel=EXACT)
+
+
+def test_arrays_of_architectures_are_priced_like_each_of_them() -> None:
+    """Completions of a spec with unknown dimensions are priced at once like one by one."""
+    spec = load("gpt4-leak")
+    unknowns: dict[str, Any] = {
+        "d_model": np.array([10752.0, 12288.0]),
+        "vocab_size": np.array([100352.0, 50304.0]),
+        "attention.n_heads": np.array([96.0, 128.0]),
+        "attention.head_dim": np.array([112.0, 96.0]),
+        "attention.n_kv_heads": np.array([96.0, 1.0]),
+        "moe.expert.gated": np.array([0.0, 1.0]),
+        "moe.expert.d_ff": np.array([43008.0, 32768.0]),
+    }
+    assert set(unknowns) == {leaf.path for leaf in spec.unknowns}
+
+    def times(i: int | slice) -> Any:
+        chosen = {path: array[i] for path, array in unknowns.items()}
+        model = spec.vectorised(chosen)
+        one = pricer(model, load_hardware("h100"), Layout(8, 16), precision("float16"))
+        return one.of(decode(model, 256, 2000) + prefill(model, 1, 500))
+
+    together = times(slice(None))
+    assert together.shape == (2,)
+    assert together.tolist() == pytest.approx([float(times(0)), float(times(1))], rel=EXACT)
 
 
 def test_arrays_of_batches_are_priced_like_each_of_them() -> None:

@@ -223,6 +223,17 @@ def test_arrays_give_what_their_elements_give(h100: Hardware, name: str, schedul
         assert refused < n
 
 
+def test_arrays_of_batches_too_small_take_for_ever(h100: Hardware, mixtral: Architecture) -> None:
+    """A layout of an array without a whole microbatch is infinitely slow, the others are not touched."""
+    layout = Layout(data_parallel=np.array([64, 1024]), pipeline_parallel=np.array([2, 2]))
+    found = step(mixtral, h100, layout)
+    assert np.isfinite(found.seconds).tolist() == [True, True]
+    found = step(mixtral, h100, replace(layout, microbatch=2))
+    assert found.microbatches.tolist() == [8, 0]
+    assert np.isfinite(found.seconds).tolist() == [True, False]
+    assert found.tokens_per_second[1] == found.mfu[1] == 0
+
+
 def test_a_search_gets_its_layouts_fast(h100: Hardware) -> None:
     """At least 2e5 layouts a second on one core, best of three."""
     architecture, rng, n = load("deepseek-v3").architecture, np.random.default_rng(0), 100_000
