@@ -31,8 +31,8 @@ Ways = Annotated[int, Option(min=1)]
 def simulate(
     spec: Annotated[str, typer.Argument(metavar="SPEC", help="Name of a shipped spec, or a path.")] = "",
     hardware: Annotated[str, Option(metavar="NAME", help="From specs/hardware.toml.")] = "h100",
-    gpus: Annotated[int, Option(min=1, help="All of them serve one copy of the queue.")] = 8,
-    tensor_parallel: Annotated[int | None, Option(min=1, help="Default: what the others leave.")] = None,
+    gpus: Annotated[int, Option(min=1, help="What they are divided into follows.")] = 8,
+    tensor_parallel: Annotated[int | None, Option(min=1, help="Default: what the other ways leave.")] = None,
     pipeline_parallel: Ways = 1,
     data_parallel: Ways = 1,
     expert_parallel: Ways = 1,

@@ -63,6 +63,10 @@ def workload(
     if rate is not None and concurrency is not None:
         wrong = f"a rate of {rate:g} and a concurrency of {concurrency}"
         raise SpecError(f"{wrong} are both given; give one of them")
+    if rate is None and burstiness != 1:
+        raise SpecError(
+            f"a burstiness of {burstiness:g} shapes the gaps of a rate; give one, or no burstiness"
+        )
     if concurrency is not None and concurrency < 1:
         raise SpecError(f"{concurrency} users send nothing; give a concurrency of 1 or more")
     streams = [np.random.default_rng(one) for one in np.random.SeedSequence(seed).spawn(3)]

@@ -106,14 +106,12 @@ def acceptances_for_length(length: int, one_round: Seconds) -> tuple[float, floa
     """
     low = _threshold(length, one_round) if length else 0.0
     high = _threshold(length + 1, one_round)
-    return (low, min(high, 1.0)) if low < min(high, 1.0) else None
+    return (low, high) if low < high else None
 
 
 def _threshold(length: int, one_round: Seconds) -> float:
-    """The acceptance from which g beats g - 1; infinite where none does."""
+    """The acceptance from which g beats g - 1; 1 where none below does."""
     growth = one_round(length) / one_round(length - 1) - 1
-    if growth * length >= 1:
-        return float("inf")
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2

@@ -18,6 +18,8 @@ from harness.validation.published import Korthikanti
 from harness.validation.shapes import CONTEXT, gpt, gshard
 
 GIB = 2**30
+OF_ENDS = ("embedding", "positions", "unembedding")
+"""Components that a figure of layers alone leaves out."""
 
 
 def megatron() -> Section:
@@ -88,22 +90,23 @@ def caches() -> Section:
     ]
     deepseek = load("deepseek-v3").architecture
     latent = memory.kv_cache_bytes_per_token(deepseek)
-    expanded = memory.kv_cache_bytes_per_token(deepseek, mla="expanded")
+    wide = 2 * deepseek.n_layers * deepseek.d_model * memory.BYTES[deepseek.dtype]
+    each = published.CACHE_BYTES_GENZ / deepseek.n_layers / memory.BYTES[deepseek.dtype]
     rows += [
         Row(
             "deepseek-v3, as GenZ has it",
             published.CACHE_BYTES_GENZ,
             latent,
             "bytes",
-            "GenZ is wrong: 61 layers of a latent of 512 and a rotary key of 64 in 16 bits are what we count",
+            f"that would be {each:.0f} elements a layer, and the latent and its rotary key are "
+            f"{memory.cached_width(deepseek)}",
         ),
         Row(
             "deepseek-v3, as LLM-Viewer has it",
             published.CACHE_BYTES_VIEWER,
             latent,
             "bytes",
-            "LLM-Viewer takes it for keys and values of a width that is d_model; expanded by heads they would be "
-            f"{expanded:,} bytes",
+            f"keys and values as wide as d_model, {wide:,} bytes, in the place of latents",
         ),
     ]
     return Section(
@@ -150,17 +153,17 @@ def korthikanti() -> Section:
                 flying *= 1 + (one.pipeline - 1) / (one.pipeline * one.chunks)
             held -= flying * ends.embedding + (one.pipeline == 1) * ends.head
             rows.append(Row(f"{one.name}: activations, {name}", gib, held / GIB, "GiB"))
-        memory_of_stage = training_memory(
+        found = training_memory(
             architecture, layout, context=CONTEXT, microbatches=microbatches, states=States(gradient=4)
         )
-        states = memory_of_stage.weights + memory_of_stage.gradients + memory_of_stage.optimizer
         counts = rank_parameters(architecture, layout)
-        tables = (counts["embedding"] + counts["positions"]) * 18
-        why = f"the embedding of the first stage is {tables / GIB:.2f} GiB of it, which the figure leaves out"
-        rows.append(Row(f"{one.name}: parameters and optimizer", one.states, states / GIB, "GiB", why))
+        each = (found.weights + found.gradients + found.optimizer) / sum(counts.values())
+        layers = sum(counts.values()) - sum(counts[name] for name in OF_ENDS)
+        rows.append(Row(f"{one.name}: parameters and optimizer", one.states, layers * each / GIB, "GiB"))
     return Section(
         "Korthikanti et al. 2022, figure 1: memory of the first stage",
         "arXiv 2205.05198, figure 1 and table 3, as Calculon transcribes them",
-        "18 bytes a parameter (gradients in 32 bits), activations of the layers alone, dropout; nothing fitted",
+        "of the layers alone, as in the figure: no embedding, no head; 18 bytes a parameter (gradients in 32 bits), "
+        "dropout; nothing fitted",
         tuple(rows),
     )

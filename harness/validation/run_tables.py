@@ -145,7 +145,7 @@ def deepseek() -> Section:
         "DualPipe's, with all-to-alls, hand-overs and gradients hidden, as the paper says of DualPipe",
         (
             Row("pre-training", published.DEEPSEEK_HOURS, predicted, "H800 h", why),
-            Row("cost", published.DEEPSEEK_COST, (predicted + later) * price, "USD", f"as the hours: {why}"),
+            Row("cost", published.DEEPSEEK_COST, (predicted + later) * price, "USD", "as the hours, on which it rests"),
             Row(
                 "cost of the printed hours",
                 published.DEEPSEEK_COST,

@@ -114,6 +114,16 @@ def test_the_microbatches_are_the_nearest_whole_number(name: str) -> None:
         assert (off <= np.abs((grid.microbatches - 1) * each - sequences))[grid.microbatches > 1].all()
 
 
+def test_interleaved_steps_come_in_rounds_of_the_stages() -> None:
+    """62 sequences over 5 stages are 60 microbatches interleaved, and 62 under 1F1B."""
+    architecture = load("llama-3.1-8b").architecture
+    space = Space(pipeline_parallel=(5,), virtual_stages=(3,), schedule=("1f1b", "interleaved"))
+    found = layouts.shapes(architecture, space, 5, 5, layouts.RuledOut())
+    grids = layouts.training_grids(architecture, space, found, 62, layouts.RuledOut())
+    steps = {grid.layout.schedule: grid.microbatches.tolist() for grid in grids}
+    assert steps == {"1f1b": [62], "interleaved": [60]}
+
+
 def test_without_a_pipeline_one_schedule_stands_for_all() -> None:
     """One stage is tried under one schedule, whichever are asked for."""
     architecture = load("llama-3.1-8b").architecture

@@ -182,6 +182,8 @@ def test_every_layout_that_is_returned_can_be_and_fits(name: str) -> None:
             context=CONTEXT,
         )
         assert float(step.seconds) == pytest.approx(facts["seconds"], rel=1e-9)
+        rent = facts["days"] * 24 * layout.devices * question.price
+        assert facts["usd"] == pytest.approx(rent, rel=1e-9)
         assert not one.why
 
 

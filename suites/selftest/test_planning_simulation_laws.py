@@ -297,6 +297,8 @@ def test_the_command() -> None:
         ("mixtral-8x7b --rate 0", "a rate of 0 never sends"),
         ("mixtral-8x7b", "neither a rate nor a concurrency is given"),
         ("mixtral-8x7b --rate 1 --concurrency 2", "a rate of 1 and a concurrency of 2 are both given"),
+        ("mixtral-8x7b --concurrency 0", "0 users send nothing"),
+        ("mixtral-8x7b --concurrency 2 --burstiness 3", "a burstiness of 3 shapes the gaps of a rate"),
         ("mixtral-8x7b --rate 1 --hardware h1000", 'no hardware "h1000".*did you mean "h100"'),
         ("mixtral-8x7b --rate 1 --slo tppt=1", 'no field "tppt"; did you mean "tpot"'),
         ("mixtral-8x7b --rate 1 --slo tpot=0", "an SLO of tpot=0 can never be kept"),

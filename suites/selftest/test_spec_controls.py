@@ -24,6 +24,9 @@ TOTALS = {
     "llama-3.1-70b": 70_553_706_496,
     "llama-3.1-405b": 405_853_388_800,
     "gpt3-175b": 174_604_259_328,
+    "qwen3-32b": 32_762_123_264,
+    "minimax-m2.5": 228_689_748_992,
+    "kimi-k2.5": 1_026_408_209_408,
 }
 CLASSES = {
     "mixtral-8x7b": ("Mixtral", {}),
@@ -104,6 +107,43 @@ CLASSES = {
         },
     ),
     "gpt3-175b": ("GPT2", {"n_embd": 12288, "n_layer": 96, "n_head": 96, "n_positions": 2048}),
+    "qwen3-32b": (
+        "Qwen3",
+        {
+            "hidden_size": 5120,
+            "intermediate_size": 25600,
+            "num_hidden_layers": 64,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+        },
+    ),
+    "minimax-m2.5": (
+        "MiniMaxM2",
+        {
+            "hidden_size": 3072,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 62,
+            "num_attention_heads": 48,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "num_experts": 256,
+            "num_local_experts": 256,
+            "num_experts_per_tok": 8,
+            "vocab_size": 200064,
+        },
+    ),
+    "kimi-k2.5": (
+        "DeepseekV3",
+        {
+            "num_attention_heads": 64,
+            "num_key_value_heads": 64,
+            "n_routed_experts": 384,
+            "first_k_dense_replace": 1,
+            "vocab_size": 163840,
+            "num_nextn_predict_layers": 0,
+        },
+    ),
 }
 """Family, and the sizes in which the model differs from its configuration class."""
 

@@ -171,6 +171,8 @@ def test_published_configs_are_imported_exactly_or_refused_by_field() -> None:
         ("qwen3-235b-a22b", "Qwen--Qwen3-235B-A22B"),
         ("qwen3-30b-a3b", "Qwen--Qwen3-30B-A3B"),
         ("llama-3.1-70b", "meta-llama--Meta-Llama-3.1-70B"),
+        ("qwen3-32b", "Qwen--Qwen3-32B"),
+        ("minimax-m2.5", "MiniMaxAI--MiniMax-M2.5"),
     ],
 )
 def test_shipped_specs_agree_with_the_published_configs(name: str, file: str) -> None:

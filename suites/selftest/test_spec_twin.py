@@ -9,7 +9,17 @@ from harness.spec import Architecture, load, names, twin
 from harness.theory import parameters
 
 SIZES = {
-    *("d_model", "n_layers", "vocab_size", "max_positions", "n_heads", "n_kv_heads", "head_dim", "d_ff"),
+    *(
+        "d_model",
+        "n_layers",
+        "vocab_size",
+        "max_positions",
+        "n_heads",
+        "n_kv_heads",
+        "head_dim",
+        "d_ff",
+        "dim",
+    ),
     *(
         "q_lora_rank",
         "kv_lora_rank",

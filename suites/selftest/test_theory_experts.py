@@ -97,6 +97,7 @@ def test_the_busiest_rank_is_near_the_enumerated_one(
         (128, 8, 128, 4, 1.0),
         (64, 8, 16, 8, 0.5),
         (256, 8, 64, 8, 1.0),
+        (256, 8, 512, 32, 1.0),
     ],
 )
 def test_the_busiest_rank_is_near_the_simulated_one(

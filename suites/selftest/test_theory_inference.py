@@ -219,6 +219,17 @@ def test_expert_parallel_ranks_share_experts() -> None:
     assert whole.step(decode(model, 4096, 1000)).communication == 0
 
 
+def test_copies_of_the_experts_share_the_tokens() -> None:
+    """Four data-parallel ranks with all experts each take a quarter of the tokens, and do as one does."""
+    one, four = priced("mixtral-8x7b"), priced("mixtral-8x7b", data_parallel=4)
+    for batch in (4, 64, 4000):
+        alone, shared = (
+            of.classes(decode(of.architecture, n, 100)) for of, n in ((one, batch), (four, 4 * batch))
+        )
+        for mine, theirs in zip(alone, shared, strict=True):
+            assert mine == pytest.approx(theirs, rel=EXACT)
+
+
 def test_nothing_is_sent_by_one_rank_and_less_by_a_parallel_block() -> None:
     """One rank sends nothing; PaLM's parallel block reduces once a layer, half as often as two in turn."""
     assert priced("palm-540b").step(decode(architecture("palm-540b"), 8, 100)).communication == 0

@@ -63,6 +63,15 @@ def test_pipelines_keep_their_slowest_stage_busy(stages: int, microbatches: int)
     # Stages together do what the pass does, hand-overs apart: the slowest has at least its share.
     handed = one.links.handovers[0] + part.tokens * one.links.handovers[1]
     assert stages * found.slowest >= (found.latency - handed) * (1 - EXACT)
+    # Equal microbatches through one stage of the slowest's time and the others: each starts when the stage
+    # and its own last stage have ended.
+    rest = (found.latency - found.slowest) / max(stages - 1, 1)
+    ends = [0.0] * microbatches
+    for stage in range(stages):
+        free = 0.0
+        for i in range(microbatches):
+            free = ends[i] = max(free, ends[i]) + (rest if stage < stages - 1 else found.slowest)
+    assert found.all_through == pytest.approx(ends[-1], rel=1e-6)  # rest, with hand-overs, may be the slower
     if stages == 1:
         assert found.period == pytest.approx(microbatches * found.latency)
 
@@ -77,6 +86,10 @@ def test_a_steady_batch_is_its_passes_played_out() -> None:
         found = steady_state(one, batch, prompt, output, mixing=mixing)
         assert found.tpot == pytest.approx(played, rel=EXACT)
         assert found.tokens_per_second == pytest.approx(batch / played, rel=EXACT)
+        assert found.ttft == found.tpot  # two prompts end with every pass
+    seldom = {mixing: steady_state(one, 2, prompt, 10, mixing=mixing) for mixing in ("even", "whole")}
+    assert seldom["even"].ttft == pytest.approx(5 * seldom["even"].tpot)  # a fifth of a prompt in each pass
+    assert seldom["whole"].tpot < seldom["whole"].ttft < 5 * seldom["even"].tpot
     apart = steady_state(one, batch, prompt, output, mixing="separate")
     assert apart.tpot == pytest.approx(one.of(decoding) + one.of(prefill(model, 2, prompt)), rel=EXACT)
 

@@ -1,0 +1,256 @@
+"""Steps of inference that measured kernels and other calculators give, beside ours.
+
+Every calculator's figures are predicted by the rule that it charges experts by, within our roofline: that a
+rule reproduces them tells what they charge. Measured steps get one fitted number, the time of a layer
+that no rate explains (`Efficiency.layer_seconds`); no row is predicted with a number that saw it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from math import exp, log
+
+from harness.spec import load
+from harness.spec.architecture import Architecture
+from harness.spec.hardware import load_hardware
+from harness.theory.describe import Table
+from harness.theory.efficiency import IDEAL, Efficiency
+from harness.theory.inference import Pricer, decode, prefill, pricer
+from harness.theory.layout import Layout
+from harness.theory.precision import PRECISIONS
+from harness.theory.states import serving_memory
+from harness.validation import published
+from harness.validation.fit import fitted, halves, held_out
+from harness.validation.held import Row, Section
+from harness.validation.training_tables import a100_compute, h100_compute
+
+PROMPT, OUTPUT = 2048, 256
+MIDDLE = PROMPT + OUTPUT // 2
+"""Cached tokens of a decode step, on average over an answer."""
+LAYER_SECONDS = (0.0, 1e-3)
+GENZ_LINKS = 1.8
+"""Milliseconds of communication that GenZ adds to a step, as it reports them."""
+BANDWIDTH_ALONE = Efficiency(latency=0.0)
+"""Links without latency."""
+Distinct = Callable[[Architecture, float], float]
+"""Experts of a layer that a decode step of so many tokens reads, by a rule; below 0: as many as it touches."""
+
+
+def _experts(architecture: Architecture) -> tuple[int, int]:
+    assert architecture.moe is not None
+    return architecture.moe.n_experts, architecture.moe.top_k
+
+
+RULES: Mapping[str, Distinct] = {
+    "experts that the batch touches": lambda _, batch: -1,
+    "k experts, whatever the batch": lambda architecture, batch: _experts(architecture)[1],
+    "all experts, whatever the batch": lambda architecture, batch: _experts(architecture)[0],
+}
+TOUCHED, CHOSEN, ALL = RULES
+
+
+@cache
+def mixtral(efficiency: Efficiency = IDEAL) -> Pricer:
+    """Mixtral 8x7B over the tensor ways of 8 H100, in 16 bits."""
+    return pricer(
+        load("mixtral-8x7b").architecture,
+        load_hardware("h100"),
+        Layout(8),
+        PRECISIONS["bfloat16"],
+        efficiency,
+    )
+
+
+def mixtral_seconds(batch: int, rule: str, efficiency: Efficiency = IDEAL, *, links: bool = True) -> float:
+    """A decode step in the middle of an answer, experts charged by a rule."""
+    priced = mixtral(efficiency)
+    step = decode(priced.architecture, batch, MIDDLE)
+    computing, reading = priced.classes(step)[1]
+    distinct = RULES[rule](priced.architecture, batch)
+    ruled = reading if distinct < 0 else distinct * priced.expert_read
+    seconds = priced.of(step) - max(computing, reading) + max(computing, ruled)
+    return float(seconds if links else seconds - priced.links.seconds(step.tokens, min))
+
+
+def _measured() -> list[float]:
+    return [one.measured / 1e3 for one in published.MIXTRAL]
+
+
+def _with_layers(rule: str) -> Callable[[int, float], float]:
+    def model(row: int, layer: float) -> float:
+        return mixtral_seconds(published.MIXTRAL[row].batch, rule, Efficiency(layer_seconds=layer))
+
+    return model
+
+
+@cache
+def layer_seconds() -> float:
+    """What a layer takes beside what rates explain, fitted to all measured Mixtral steps."""
+    times = _measured()
+    return fitted(_with_layers(TOUCHED), times, range(len(times)), LAYER_SECONDS)
+
+
+def mixtral_steps() -> Section:
+    """The decode step of Mixtral against the batch: measured kernels and four calculators."""
+    times = _measured()
+    found = held_out(_with_layers(TOUCHED), times, halves(len(times)), LAYER_SECONDS)
+    rows = []
+    for row, one in enumerate(published.MIXTRAL):
+        ideal = mixtral_seconds(one.batch, TOUCHED)
+        why = f"{1e3 * ideal:.2f} ms at data-sheet rates; what grows with the batch (cache, all-reduces) is "
+        why += "charged at them, and measured kernels reach less"
+        name = f"batch {one.batch}, measured kernels"
+        rows.append(Row(name, one.measured, 1e3 * found.predicted[row], "ms", why))
+    for one in published.MIXTRAL:
+        touched = 1e3 * mixtral_seconds(one.batch, TOUCHED, BANDWIDTH_ALONE)
+        chosen = 1e3 * mixtral_seconds(one.batch, CHOSEN, links=False)
+        every = 1e3 * mixtral_seconds(one.batch, ALL)
+        without = 1e3 * mixtral_seconds(one.batch, ALL, links=False)
+        rows += [
+            Row(
+                f"batch {one.batch}, aiconfigurator SOL: experts touched",
+                one.sol,
+                touched,
+                "ms",
+                f"with all experts it would be {every:.2f}",
+            ),
+            Row(
+                f"batch {one.batch}, GenZ: k experts, and {GENZ_LINKS} ms of links",
+                one.genz,
+                chosen + GENZ_LINKS,
+                "ms",
+                f"without links {chosen:.2f}",
+            ),
+            Row(
+                f"batch {one.batch}, llm-flops: active weights, no links",
+                one.llm_flops,
+                chosen,
+                "ms",
+                f"with experts touched {touched:.2f}",
+            ),
+            Row(
+                f"batch {one.batch}, llm-analysis: all experts",
+                one.llm_analysis,
+                every,
+                "ms",
+                f"it charges {one.llm_analysis - without:.2f} ms beside weights and cache, we {every - without:.2f} for "
+                "all-reduces: its links slow down more with the batch",
+            ),
+        ]
+    first, second = found.parameters[0], found.parameters[1]
+    return Section(
+        "Mixtral 8x7B: a decode step against the batch, 8 H100",
+        "aiconfigurator 0.12.0 (SILICON, SOL), GenZ, llm-flops 0.0.1, llm-analysis 0.2.2, as run; efficiencies 1",
+        f"measured kernels: one time for a layer, {1e6 * first:.0f} us from batches 8 and 128 for 1 and 32, "
+        f"{1e6 * second:.0f} us from 1 and 32 for 8 and 128. Calculators: our roofline with the rule that each charges "
+        "experts by, at data-sheet rates; nothing fitted, but for GenZ's own figure of its links",
+        tuple(rows),
+    )
+
+
+def rules() -> Table:
+    """Which rule the measured steps admit: each gets a layer time of its own from the other half."""
+    times, rows = _measured(), []
+    for rule in RULES:
+        ideal = [mixtral_seconds(one.batch, rule) for one in published.MIXTRAL]
+        above = [
+            f"batch {one.batch}: {1e3 * seconds:.2f} ms at least, {one.measured} measured"
+            for one, seconds in zip(published.MIXTRAL, ideal, strict=True)
+            if 1e3 * seconds > one.measured
+        ]
+        growth = ideal[1] - ideal[0]
+        try:
+            found = held_out(_with_layers(rule), times, halves(len(times)), LAYER_SECONDS)
+            errors = [abs(log(a / b)) for a, b in zip(found.predicted, times, strict=True)]
+            error = f"{100 * (exp(sum(errors) / len(errors)) - 1):.0f} %"
+        except ValueError as wrong:
+            error = str(wrong)
+        rows.append((rule, f"{1e3 * growth:.2f}", f"{1e3 * (times[1] - times[0]):.2f}", "; ".join(above), error))
+    return Table(
+        "Which rule the measured steps of Mixtral admit",
+        (
+            "what is read",
+            "growth from batch 1 to 8, ms",
+            "measured",
+            "above what was measured, at rates that cannot be beaten",
+            "mean error with one layer time from the other half",
+        ),
+        tuple(rows),
+    )
+
+
+def llama_70b() -> Section:
+    """Prefill and decode of Llama 3.1 70B on A100."""
+    llama, hardware, bf16 = (
+        load("llama-3.1-70b").architecture,
+        load_hardware("a100-80gb"),
+        PRECISIONS["bfloat16"],
+    )
+
+    def milliseconds(efficiency: Efficiency, ways: int = 8) -> tuple[float, float]:
+        priced = pricer(llama, hardware, Layout(ways), bf16, efficiency)
+        passes = prefill(llama, 1, PROMPT), decode(llama, 1, PROMPT)
+        return float(1e3 * priced.of(passes[0])), float(1e3 * priced.of(passes[1]))
+
+    real = Efficiency(compute=a100_compute(), layer_seconds=layer_seconds())
+    by_source = {
+        "aiconfigurator SILICON": (real, "a layer takes longer on A100 than on H100, from which its time is"),
+        "aiconfigurator SOL": (BANDWIDTH_ALONE, ""),
+        "GenZ": (IDEAL, "at the same rates; GenZ adds to its all-reduces what it does not document"),
+        "llm-analysis": (IDEAL, ""),
+    }
+    rows = []
+    for source, (efficiency, why) in by_source.items():
+        found = milliseconds(efficiency)
+        ideal = milliseconds(IDEAL)
+        for name, figure, mine, least in zip(
+            ("prefill", "decode"), published.LLAMA_70B[source], found, ideal, strict=True
+        ):
+            reason = f"{least:.1f} ms at data-sheet rates; {why}" if why else f"{least:.1f} ms with latencies"
+            rows.append(Row(f"{source}, {name}", figure, mine, "ms", reason))
+    for name, figure, mine in zip(
+        ("prefill", "decode"), published.LLM_VIEWER_70B, milliseconds(IDEAL, 1), strict=True
+    ):
+        rows.append(Row(f"LLM-Viewer on one GPU, {name}", figure, mine, "ms"))
+    return Section(
+        "Llama 3.1 70B: prefill and decode step on 8 A100",
+        "aiconfigurator 0.12.0, GenZ, llm-analysis 0.2.2, LLM-Viewer, as run; one sequence of 2,048 tokens",
+        f"SILICON: Megatron-LM's share of the peak, {a100_compute():.3f}, and Mixtral's time of a layer, "
+        f"{1e6 * layer_seconds():.0f} us; SOL: links without latency; the others: data-sheet rates",
+        tuple(rows),
+    )
+
+
+def deepseek() -> Section:
+    """DeepSeek-V3 served on 8 H200, as aiconfigurator estimates it from measured kernels."""
+    architecture, layout, fp8 = (
+        load("deepseek-v3").architecture,
+        Layout(8, expert_parallel=8),
+        PRECISIONS["fp8"],
+    )
+    efficiency = Efficiency(compute=h100_compute(), layer_seconds=layer_seconds())
+    priced = pricer(architecture, load_hardware("h200"), layout, fp8, efficiency)
+    batch = 32
+    first = 1e3 * priced.of(prefill(architecture, batch, PROMPT))
+    alone = 1e3 * priced.of(prefill(architecture, 1, PROMPT))
+    each = 1e3 * priced.of(decode(architecture, batch, MIDDLE))
+    size = serving_memory(
+        architecture, layout, fp8, batch=batch, context=PROMPT + OUTPUT, tokens=batch * PROMPT
+    )
+    ttft, tpot, gib = published.DEEPSEEK_SERVED
+    waits = f"32 prompts in one pass; one after another they would take {batch * alone:,.0f} ms, and the figure "
+    waits += "lies between: engines prefill in chunks"
+    ours = f"weights {size.weights / 2**30:.1f}, activations {size.activations / 2**30:.1f}, cache "
+    ours += f"{size.cache / 2**30:.1f}: the runtime's own memory and its buffers are not counted"
+    return Section(
+        "DeepSeek-V3 served on 8 H200",
+        "aiconfigurator 0.12.0, SILICON, as run",
+        "FP8 weights, experts 8 ways, 32 sequences of 2,048 + 256 tokens; Llama 3's share of the peak, Mixtral's time of "
+        "a layer; nothing fitted to these rows",
+        (
+            Row("time to first token", ttft, float(first), "ms", waits),
+            Row("time per output token", tpot, float(each), "ms", "kernels of latent attention take longer"),
+            Row("memory of a GPU", gib, float(size.total) / 2**30, "GiB", ours),
+        ),
+    )
