@@ -1,12 +1,13 @@
 """PaLM 540B on 64 TPU v4, after Pope et al. 2022 (arXiv 2211.05102): partitionings that no `Layout` has.
 
 Letters: n chips, X the ways that divide d_model, Y Z = n / X those that divide d_ff and heads, T tokens of a
-pass, D d_model, F d_ff, H heads of width h, b bytes/s of a chip's links. Activations take 2 bytes.
+pass, D d_model, F d_ff, H heads of width h, b bytes/s of a chip's links. Activations take 2 bytes. X, Y and Z
+are the axes of a torus of 4 x 4 x 4, each with a third of a chip's links.
 
-  2D weight-stationary  each layer gathers and scatters the residual stream over X, and scatters and gathers
-                        the inner activations over Y Z: T (2 D / X + (3 F + 2 (H + 1) h) / (Y Z)) elements with
-                        three matrices and a parallel block (section 3.2.2 has 2 T (D / X + F / (Y Z)) for two
-                        matrices, at its least 8 T D / sqrt(n) where F = 4 D)
+  2D weight-stationary  each layer gathers and scatters inner activations over X, and the residual stream over
+                        Y Z: T (3 F + 2 (H + 1) h) X / n and 2 T D / X elements with three matrices and a
+                        parallel block (section 3.2.2 has 2 T (D / X + F / (Y Z)) for two matrices, at its least
+                        8 T D / sqrt(n) where F = 4 D)
   weight-gathered       each chip gathers the weights of every layer: P elements (section 3.2.3, over all n)
 
 Heads are padded from 48 to 64 to divide over 64 chips (section 4), which costs FLOPs and bytes but no MFU.
@@ -29,6 +30,8 @@ from harness.validation.held import Row, Section
 from harness.validation.shapes import CONTEXT
 
 CHIPS, HEADS = 64, 64
+AXES, AXIS = 3, 4
+"""Of the torus, and chips along each."""
 PARAMETERS = 540e9
 """As the paper's MFU counts them."""
 COMPUTE, LAYER_SECONDS = (0.3, 1.5), (0.0, 5e-3)
@@ -45,20 +48,28 @@ def padded() -> Architecture:
     return palm.model_copy(update={"attention": palm.attention.model_copy(update={"n_heads": HEADS})})
 
 
-def stationary_elements(architecture: Architecture, tokens: float, chips: int, split: int) -> float:
-    """What a layer sends of a chip under 2D weight-stationary partitioning, d_model divided over `split`."""
+def stationary_elements(architecture: Architecture, tokens: float, split: int) -> tuple[float, float]:
+    """What a chip sends in a layer under 2D weight-stationary partitioning, d_model divided over `split`: inner
+    activations over those axes, the residual stream over the others."""
     attention, ffn = architecture.attention, architecture.ffn
     assert ffn is not None
     heads = attention.n_heads * attention.head_dim
     into = (1 + ffn.gated) * ffn.d_ff + heads + 2 * attention.n_kv_heads * attention.head_dim
     out = ffn.d_ff + heads
-    return tokens * (2 * architecture.d_model / split + (into + out) * split / chips)
+    return tokens * (into + out) * split / CHIPS, 2 * tokens * architecture.d_model / split
 
 
-def best_split(architecture: Architecture, chips: int) -> int:
-    """The power of two X at which `stationary_elements` is least."""
-    powers = [2**i for i in range(chips.bit_length())]
-    return min(powers, key=lambda split: stationary_elements(architecture, 1, chips, split))
+def stationary_seconds(architecture: Architecture, tokens: float, axes: int) -> float:
+    """A layer's time on the links where d_model lies over so many of the three axes of the torus."""
+    inner, outer = stationary_elements(architecture, tokens, AXIS**axes)
+    each = load_hardware("tpu-v4").island_link.bandwidth / AXES
+    # Over no axis nothing is sent, and over all of them the whole layer is on one.
+    return ACTIVATION * (inner / (max(axes, 1) * each) * (axes > 0) + outer / ((AXES - axes) * each))
+
+
+def best_axes(architecture: Architecture) -> int:
+    """The axes for d_model that take least time."""
+    return min(range(AXES), key=lambda axes: stationary_seconds(architecture, 1, axes))
 
 
 def paper_elements(d_model: float, tokens: float, chips: int) -> float:
@@ -96,16 +107,15 @@ def one_pass(
     stored = stored_bytes(PRECISIONS[weights].matrices)
     size = parameters.total(palm) * stored
     if gathered:
-        sent = size / palm.n_layers
+        links = size / chip.island_link.bandwidth
     else:
-        split = best_split(palm, CHIPS)
-        sent = stationary_elements(palm, batch * tokens, CHIPS, split) * ACTIVATION
+        links = palm.n_layers * stationary_seconds(palm, batch * tokens, best_axes(palm))
     read = memory.kv_cache_bytes(palm, int(cached), batch, "bfloat16")
     return Parts(
         compute=work / (CHIPS * chip.peak_flops("bfloat16") * compute),
         weights=size / (CHIPS * chip.bandwidth.value),
         cache=read / (CHIPS * chip.bandwidth.value),
-        links=palm.n_layers * sent / chip.island_link.bandwidth,
+        links=links,
         layers=palm.n_layers * layer,
     )
 

@@ -233,4 +233,28 @@ POPE_CACHE, POPE_CACHE_BATCH = 3e12, 512
 LLAMA_EFFECTIVE, LLAMA_GPUS = 90, 16_384
 """Per cent of effective training time, at least (Llama 3, section 3.3.4)."""
 MEGASCALE_EFFECTIVE, MEGASCALE_GPUS, MEGASCALE_MFU = 90, 12_288, 55.2
-"""Jiang et al. 2024, MegaScale, arXiv 2402.15627, abstract and section 6."""
+"""Jiang et al. 2024, MegaScale, arXiv 2402.15627, abstract and section 6.3."""
+
+
+@dataclass(frozen=True)
+class MegaScale:
+    """A row of its table 2: seconds of an iteration of a GPT of 175e9 parameters on A100, 8 x 8 GPUs a replica,
+    six chunks on a stage, sequences of 2,048, a vocabulary of 64,000 (section 6.1)."""
+
+    gpus: int
+    batch: int
+    megatron: float
+    megascale: float
+
+
+MEGASCALE = (
+    MegaScale(256, 768, 40.0, 32.0),
+    MegaScale(512, 768, 21.2, 16.5),
+    MegaScale(768, 768, 15.2, 11.5),
+    MegaScale(1024, 768, 11.9, 8.9),
+    MegaScale(3072, 6144, 29.02, 23.66),
+    MegaScale(6144, 6144, 14.78, 12.21),
+    MegaScale(8192, 6144, 12.24, 9.56),
+    MegaScale(12288, 6144, 8.57, 6.34),
+)
+MEGASCALE_VOCABULARY = 64_000

@@ -1,13 +1,14 @@
 """Steps of inference that measured kernels and other calculators give, beside ours.
 
 Every calculator's figures are predicted by the rule that it charges experts by, within our roofline: that a
-rule reproduces them tells what they charge. Measured steps get one fitted number, the time of a layer
-that no rate explains (`Efficiency.layer_seconds`); no row is predicted with a number that saw it.
+rule reproduces them tells what they charge. Measured kernels are predicted with the constants that
+`harness.validation.silicon` fits to measured serving rows, among which is no Mixtral and no A100.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from math import exp, log
 
@@ -21,20 +22,25 @@ from harness.theory.layout import Layout
 from harness.theory.precision import PRECISIONS
 from harness.theory.states import serving_memory
 from harness.validation import published
-from harness.validation.fit import fitted, halves, held_out
+from harness.validation.fit import fitted
 from harness.validation.held import Row, Section
-from harness.validation.training_tables import a100_compute, h100_compute
+from harness.validation.silicon_constants import measured
+from harness.validation.training_tables import a100_compute
 
 PROMPT, OUTPUT = 2048, 256
 MIDDLE = PROMPT + OUTPUT // 2
 """Cached tokens of a decode step, on average over an answer."""
-LAYER_SECONDS = (0.0, 1e-3)
+ENGINE = "trtllm"
+"""Whose kernels aiconfigurator measured, unless it is told otherwise."""
 GENZ_LINKS = 1.8
 """Milliseconds of communication that GenZ adds to a step, as it reports them."""
 BANDWIDTH_ALONE = Efficiency(latency=0.0)
 """Links without latency."""
 Distinct = Callable[[Architecture, float], float]
 """Experts of a layer that a decode step of so many tokens reads, by a rule; below 0: as many as it touches."""
+
+
+SILICON = "aiconfigurator SILICON"
 
 
 def _experts(architecture: Architecture) -> tuple[int, int]:
@@ -73,35 +79,14 @@ def mixtral_seconds(batch: int, rule: str, efficiency: Efficiency = IDEAL, *, li
     return float(seconds if links else seconds - priced.links.seconds(step.tokens, min))
 
 
-def _measured() -> list[float]:
-    return [one.measured / 1e3 for one in published.MIXTRAL]
-
-
-def _with_layers(rule: str) -> Callable[[int, float], float]:
-    def model(row: int, layer: float) -> float:
-        return mixtral_seconds(published.MIXTRAL[row].batch, rule, Efficiency(layer_seconds=layer))
-
-    return model
-
-
-@cache
-def layer_seconds() -> float:
-    """What a layer takes beside what rates explain, fitted to all measured Mixtral steps."""
-    times = _measured()
-    return fitted(_with_layers(TOUCHED), times, range(len(times)), LAYER_SECONDS)
-
-
 def mixtral_steps() -> Section:
     """The decode step of Mixtral against the batch: measured kernels and four calculators."""
-    times = _measured()
-    found = held_out(_with_layers(TOUCHED), times, halves(len(times)), LAYER_SECONDS)
+    real = measured(ENGINE)
     rows = []
-    for row, one in enumerate(published.MIXTRAL):
-        ideal = mixtral_seconds(one.batch, TOUCHED)
-        why = f"{1e3 * ideal:.2f} ms at data-sheet rates; what grows with the batch (cache, all-reduces) is "
-        why += "charged at them, and measured kernels reach less"
-        name = f"batch {one.batch}, measured kernels"
-        rows.append(Row(name, one.measured, 1e3 * found.predicted[row], "ms", why))
+    for one in published.MIXTRAL:
+        seconds, ideal = mixtral_seconds(one.batch, TOUCHED, real), mixtral_seconds(one.batch, TOUCHED)
+        why = f"{1e3 * ideal:.2f} ms at data-sheet rates"
+        rows.append(Row(f"batch {one.batch}, measured kernels", one.measured, 1e3 * seconds, "ms", why))
     for one in published.MIXTRAL:
         touched = 1e3 * mixtral_seconds(one.batch, TOUCHED, BANDWIDTH_ALONE)
         chosen = 1e3 * mixtral_seconds(one.batch, CHOSEN, links=False)
@@ -138,43 +123,40 @@ def mixtral_steps() -> Section:
                 "all-reduces: its links slow down more with the batch",
             ),
         ]
-    first, second = found.parameters[0], found.parameters[1]
     return Section(
         "Mixtral 8x7B: a decode step against the batch, 8 H100",
         "aiconfigurator 0.12.0 (SILICON, SOL), GenZ, llm-flops 0.0.1, llm-analysis 0.2.2, as run; efficiencies 1",
-        f"measured kernels: one time for a layer, {1e6 * first:.0f} us from batches 8 and 128 for 1 and 32, "
-        f"{1e6 * second:.0f} us from 1 and 32 for 8 and 128. Calculators: our roofline with the rule that each charges "
-        "experts by, at data-sheet rates; nothing fitted, but for GenZ's own figure of its links",
+        "measured kernels: the constants that are fitted to measured serving rows of other models (TensorRT-LLM's). "
+        "Calculators: our roofline with the rule that each charges experts by, at data-sheet rates; nothing fitted, but "
+        "for GenZ's own figure of its links",
         tuple(rows),
     )
 
 
 def rules() -> Table:
-    """Which rule the measured steps admit: each gets a layer time of its own from the other half."""
-    times, rows = _measured(), []
+    """Which rule the measured steps admit, with the same constants for all rules."""
+    real, rows = measured(ENGINE), []
+    times = [one.measured for one in published.MIXTRAL]
     for rule in RULES:
-        ideal = [mixtral_seconds(one.batch, rule) for one in published.MIXTRAL]
+        ideal = [1e3 * mixtral_seconds(one.batch, rule) for one in published.MIXTRAL]
+        found = [1e3 * mixtral_seconds(one.batch, rule, real) for one in published.MIXTRAL]
+        errors = [abs(log(mine / time)) for mine, time in zip(found, times, strict=True)]
         above = [
-            f"batch {one.batch}: {1e3 * seconds:.2f} ms at least, {one.measured} measured"
-            for one, seconds in zip(published.MIXTRAL, ideal, strict=True)
-            if 1e3 * seconds > one.measured
+            f"batch {one.batch}: {least:.2f} ms at least"
+            for one, least in zip(published.MIXTRAL, ideal, strict=True)
+            if least > one.measured
         ]
-        growth = ideal[1] - ideal[0]
-        try:
-            found = held_out(_with_layers(rule), times, halves(len(times)), LAYER_SECONDS)
-            errors = [abs(log(a / b)) for a, b in zip(found.predicted, times, strict=True)]
-            error = f"{100 * (exp(sum(errors) / len(errors)) - 1):.0f} %"
-        except ValueError as wrong:
-            error = str(wrong)
-        rows.append((rule, f"{1e3 * growth:.2f}", f"{1e3 * (times[1] - times[0]):.2f}", "; ".join(above), error))
+        growth, seen = found[1] - found[0], times[1] - times[0]
+        mean = 100 * (exp(sum(errors) / len(errors)) - 1)
+        rows.append((rule, f"{growth:.2f}", f"{seen:.2f}", f"{mean:.0f} %", "; ".join(above)))
     return Table(
         "Which rule the measured steps of Mixtral admit",
         (
             "what is read",
             "growth from batch 1 to 8, ms",
             "measured",
+            "mean error",
             "above what was measured, at rates that cannot be beaten",
-            "mean error with one layer time from the other half",
         ),
         tuple(rows),
     )
@@ -193,11 +175,16 @@ def llama_70b() -> Section:
         passes = prefill(llama, 1, PROMPT), decode(llama, 1, PROMPT)
         return float(1e3 * priced.of(passes[0])), float(1e3 * priced.of(passes[1]))
 
-    real = Efficiency(compute=a100_compute(), layer_seconds=layer_seconds())
+    real = replace(measured(ENGINE), compute=a100_compute())
+
+    def decoded(_: int, share: float) -> float:
+        return milliseconds(replace(real, memory=share))[1]
+
+    alone = fitted(decoded, [published.LLAMA_70B[SILICON][1]], [0], (0.3, 0.95))
     by_source = {
-        "aiconfigurator SILICON": (real, "a layer takes longer on A100 than on H100, from which its time is"),
+        SILICON: (real, f"constants of later GPUs; alone it would read memory at {alone:.2f} of the data sheet"),
         "aiconfigurator SOL": (BANDWIDTH_ALONE, ""),
-        "GenZ": (IDEAL, "at the same rates; GenZ adds to its all-reduces what it does not document"),
+        "GenZ": (IDEAL, "links as GenZ charges them are not documented"),
         "llm-analysis": (IDEAL, ""),
     }
     rows = []
@@ -216,8 +203,8 @@ def llama_70b() -> Section:
     return Section(
         "Llama 3.1 70B: prefill and decode step on 8 A100",
         "aiconfigurator 0.12.0, GenZ, llm-analysis 0.2.2, LLM-Viewer, as run; one sequence of 2,048 tokens",
-        f"SILICON: Megatron-LM's share of the peak, {a100_compute():.3f}, and Mixtral's time of a layer, "
-        f"{1e6 * layer_seconds():.0f} us; SOL: links without latency; the others: data-sheet rates",
+        f"SILICON: the constants of measured serving rows, none of them of an A100, and of Megatron-LM's table 1 the "
+        f"share of the peak, {a100_compute():.3f}; SOL: links without latency; the others: data-sheet rates",
         tuple(rows),
     )
 
@@ -229,8 +216,7 @@ def deepseek() -> Section:
         Layout(8, expert_parallel=8),
         PRECISIONS["fp8"],
     )
-    efficiency = Efficiency(compute=h100_compute(), layer_seconds=layer_seconds())
-    priced = pricer(architecture, load_hardware("h200"), layout, fp8, efficiency)
+    priced = pricer(architecture, load_hardware("h200"), layout, fp8, measured(ENGINE))
     batch = 32
     first = 1e3 * priced.of(prefill(architecture, batch, PROMPT))
     alone = 1e3 * priced.of(prefill(architecture, 1, PROMPT))
@@ -239,15 +225,14 @@ def deepseek() -> Section:
         architecture, layout, fp8, batch=batch, context=PROMPT + OUTPUT, tokens=batch * PROMPT
     )
     ttft, tpot, gib = published.DEEPSEEK_SERVED
-    waits = f"32 prompts in one pass; one after another they would take {batch * alone:,.0f} ms, and the figure "
-    waits += "lies between: engines prefill in chunks"
+    waits = f"32 prompts in one pass; one after another they would take {batch * alone:,.0f} ms"
     ours = f"weights {size.weights / 2**30:.1f}, activations {size.activations / 2**30:.1f}, cache "
     ours += f"{size.cache / 2**30:.1f}: the runtime's own memory and its buffers are not counted"
     return Section(
         "DeepSeek-V3 served on 8 H200",
         "aiconfigurator 0.12.0, SILICON, as run",
-        "FP8 weights, experts 8 ways, 32 sequences of 2,048 + 256 tokens; Llama 3's share of the peak, Mixtral's time of "
-        "a layer; nothing fitted to these rows",
+        "FP8 weights, experts 8 ways, 32 sequences of 2,048 + 256 tokens; the constants of measured serving rows, some of "
+        "which are DeepSeek-V3's; nothing fitted to these three",
         (
             Row("time to first token", ttft, float(first), "ms", waits),
             Row("time per output token", tpot, float(each), "ms", "kernels of latent attention take longer"),

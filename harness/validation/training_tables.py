@@ -15,7 +15,7 @@ from harness.theory import training
 from harness.theory.efficiency import Efficiency
 from harness.theory.flops import Pairs
 from harness.theory.layout import Layout, Recompute
-from harness.theory.steps import PARTS, TrainingStep, training_step
+from harness.theory.steps import PARTS, Overlap, TrainingStep, training_step
 from harness.validation import published
 from harness.validation.fit import fitted, halves, held_out, singles
 from harness.validation.held import Row, Section
@@ -278,5 +278,47 @@ def llama() -> Section:
         "stage, microbatches of one sequence, nothing recomputed. FLOP/s count attention as the causal mask admits "
         f"it: with the full square the row of {longest.context:,} tokens would be one of "
         f"{longest.teraflops * square / causal:.0f} TFLOP/s",
+        tuple(rows),
+    )
+
+
+@cache
+def megascale_step(row: int, compute: float, *, hidden: bool) -> TrainingStep:
+    """A row of `published.MEGASCALE`: Megatron-LM with everything that is sent exposed, or MegaScale with all
+    of it hidden and attention beside the feed-forward network."""
+    one = published.MEGASCALE[row]
+    model = gpt(12288, 96, 96, published.MEGASCALE_VOCABULARY)
+    layout = Layout(8, 8, one.gpus // 64, schedule="interleaved", virtual_stages=6, zero_stage=1)
+    return training_step(
+        model.model_copy(update={"parallel_block": hidden}),
+        load_hardware("a100-80gb"),
+        layout,
+        batch_tokens=one.batch * CONTEXT,
+        context=CONTEXT,
+        efficiency=Efficiency(compute=compute),
+        overlap=Overlap(tensor=1.0, pipeline=1.0, data=1.0) if hidden else Overlap(),
+    )
+
+
+def megascale() -> Section:
+    """Table 2 of MegaScale, each half of a program's rows by the number that the other half gives."""
+    rows, shown = [], []
+    for name, hidden in (("Megatron-LM", False), ("MegaScale", True)):
+        times = [one.megascale if hidden else one.megatron for one in published.MEGASCALE]
+
+        def seconds(row: int, compute: float, hidden: bool = hidden) -> float:
+            return float(megascale_step(row, compute, hidden=hidden).seconds)
+
+        found = held_out(seconds, times, halves(len(times)), COMPUTE)
+        shown.append(f"{name} {found.parameters[0]:.3f} and {found.parameters[1]:.3f}")
+        for row, one in enumerate(published.MEGASCALE):
+            why = told(megascale_step(row, found.parameters[row], hidden=hidden))
+            rows.append(Row(f"{name} on {one.gpus:,}", times[row], found.predicted[row], "s", why))
+    return Section(
+        "MegaScale, table 2: 175e9 parameters on up to 12,288 A100",
+        "Jiang et al. 2024, arXiv 2402.15627, tables 1 and 2 and section 6.1",
+        f"fitted: one share of the peak for each program, each half by the other: {'; '.join(shown)}. Assumed: flash "
+        "attention, nothing recomputed, sequence parallelism, optimizer sharded, microbatches of one sequence, 200 "
+        "Gb/s for a GPU; MegaScale hides what it sends, as it says, Megatron-LM nothing; windows are left out",
         tuple(rows),
     )

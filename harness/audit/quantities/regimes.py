@@ -212,8 +212,8 @@ def _network_falls_slower(partition_exponent: Any) -> Any:
     "roofline.bytes_with_more_experts",
     "x",
     "bytes of experts",
-    "more * (1 - (1 - top_k / more) ** tokens_in_a_pass) / (n_experts * (1 - (1 - top_k / n_experts) ** tokens_in_a_pass))"
-    " * (n_experts / more) ** expert_shrinkage",
+    "more * (1 - (1 - top_k / more) ** tokens_in_a_pass)"
+    " / (n_experts * (1 - (1 - top_k / n_experts) ** tokens_in_a_pass)) * (n_experts / more) ** expert_shrinkage",
     "architecture.moe.n_experts",
     "architecture.moe.top_k",
     "assumptions.expert_shrinkage",
