@@ -93,7 +93,7 @@ class Audit:
         }
 
     def tables(self) -> list[Table]:
-        """For people: verdicts, disagreements, conflicts, what is not yet judged, and what was searched."""
+        """For people: counts, verdicts, assumptions, disagreements, conflicts, and what was searched."""
         if not self.verdicts:
             title = f"{self.spec.name} states no claims: there is nothing to judge"
             return [Table(title, (), ())]
@@ -123,11 +123,16 @@ class Audit:
             title += f", {len(shown)} of {len(self.conflicts)}"
             yield Table(title, ("no.", "without", "printed", "it is", "at"), tuple(rows))
         for outcome in OUTCOMES[3:]:
-            rows = [(v.claim.id, str(v.figure), _by(v.figure), v.reason) for v in self._of(outcome)]
+            rows = [(v.claim.id, str(v.figure), self._by(v.figure), v.reason) for v in self._of(outcome)]
             if rows:
                 yield Table(outcome.capitalize(), ("claim", "printed", "by", "why"), tuple(rows))
         title = f"Completions searched: {self.completions:,}"
         yield Table(title, ("block", "completions"), tuple(self.blocks.items()))
+
+    def _by(self, figure: Figure) -> str:
+        """Who prints a figure, in the order of the file."""
+        order = list(self.spec.sources)
+        return ", ".join(sorted(figure.sources, key=lambda one: order.index(one) if one in order else -1))
 
     def _of(self, outcome: Outcome) -> list[Verdict]:
         return [verdict for verdict in self.verdicts if verdict.outcome == outcome]
@@ -136,7 +141,7 @@ class Audit:
         return (
             verdict.claim.id,
             str(verdict.figure),
-            _by(verdict.figure),
+            self._by(verdict.figure),
             verdict.outcome,
             theory(verdict.decisive) if verdict.decisive else "",
             self._why(verdict),
@@ -249,10 +254,6 @@ def _decider(decider: Decider) -> dict[str, Any]:
         "alone": decider.alone,
         "turns": [list(ends) for ends in decider.turns],
     }
-
-
-def _by(figure: Figure) -> str:
-    return ", ".join(figure.sources)
 
 
 def _end(value: float) -> float | None:

@@ -75,6 +75,7 @@ def short(axis: str) -> str:
 
 def turning(decider: Decider, name: str = "") -> str:
     """At which values of the decider's axis (`name`, if given) the figure holds, fails, or is still open."""
+    name = f" {name}" if name else ""
     both = sorted(set(decider.holds) & set(decider.fails))
     yes, no = ([v for v in side if v not in both] for side in (decider.holds, decider.fails))
     if len(decider.turns) == 1:
@@ -111,27 +112,22 @@ def decided(finding: Finding) -> str:
 
 
 def cases(pair: Pair, limit: int) -> list[str]:
-    """What the second axis decides at each value of the first; at `limit` of them that leave it a choice."""
+    """What the second axis decides at each value of the first, at `limit` of those that leave it a choice."""
     telling = [case for case in pair.cases if case[1].holds and case[1].fails]
-    kept = pair.cases if len(pair.cases) <= limit else telling[:limit]
-    texts = [f"at {short(pair.axis)} {number(value)} {_case(one)}" for value, one in kept]
-    rest = [case[1] for case in pair.cases if case not in kept]
-    answers = {bool(one.holds) for one in rest}
-    if rest and len(telling) <= limit and len(answers) == 1:
-        texts.append(f"{_verb(answers.pop())} at every other {short(pair.axis)}")
-    elif rest:
-        texts.append(f"and at {len(rest)} more")
+    texts = [
+        f"at {short(pair.axis)} {number(at)} {turning(one, short(one.axis))}" for at, one in telling[:limit]
+    ]
+    if telling[limit:]:
+        texts.append(f"and so on at {len(telling) - limit} more")
+    for holds in (True, False):
+        values = [at for at, one in pair.cases if bool(one.holds) is holds and bool(one.fails) is not holds]
+        if values:
+            texts.append(f"{_verb(holds)} at {short(pair.axis)} {listed(values)}")
     return texts
 
 
 def _verb(holds: bool) -> str:
     return "holds" if holds else "fails"
-
-
-def _case(decider: Decider) -> str:
-    if not (decider.holds and decider.fails):
-        return f"it {_verb(bool(decider.holds))}"
-    return turning(decider, f" {short(decider.axis)}")
 
 
 def assumptions(finding: Finding) -> str:

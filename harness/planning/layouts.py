@@ -83,6 +83,7 @@ def shapes(
     rules: list[tuple[str, Any]] = [
         ("heads not divisible", attention.n_heads % tp != 0),
         ("key/value heads not divisible", (groups % tp != 0) & (tp % max(1, groups) != 0) & (groups > 0)),
+        ("d_ff not divisible", architecture.ffn is not None and architecture.ffn.d_ff % tp != 0),
         ("more stages than layers", pp > architecture.n_layers),
         ("experts not divisible", ep > 1 if moe is None else moe.n_experts % ep != 0),
         ("more ranks than GPUs", (copies < 1) & (half == 0)),

@@ -85,7 +85,7 @@ def plan(
     skew: float = 0.0,
     watch: Watch | None = None,
 ) -> Plan:
-    """Layouts x batch x precision under continuous batching, `theory.inference.steady_state`.
+    """Layouts x batch x precision under continuous batching, `theory.inference.steady_state`, prompts whole.
 
     Requests of `prompt` and `output` tokens never run dry. tpot and ttft are in seconds, usd_per_1k is USD
     for 1,000 output tokens with what reading their prompts takes, memory is bytes of the fullest rank with
@@ -136,7 +136,8 @@ def _evaluated(
     layout, batch, architecture = part.layout, part.batch, question.architecture
     priced = pricer(architecture, question.hardware, layout, form, question.efficiency, skew)
     sequences = batch * layout.data_parallel
-    answered = steady_state(priced, sequences, prompt, output, np.minimum(layout.pipeline_parallel, batch))
+    stages = np.minimum(layout.pipeline_parallel, batch)
+    answered = steady_state(priced, sequences, prompt, output, stages, mixing="whole")
     need = serving_memory(
         architecture,
         layout,
@@ -144,7 +145,7 @@ def _evaluated(
         batch=batch,
         context=prompt + output,
         stage=part.stages,
-        tokens=batch * (1 + prompt / output),
+        tokens=batch + np.maximum(1, batch / output) * prompt,
     )
     gpus = layout.devices
     columns = {name: getattr(layout, name) for name in FIELDS} | worst(need, len(batch))

@@ -72,6 +72,8 @@ def _overall(held: Held) -> Table:
     ways = {
         "leave one model out": held.without_model,
         "leave one system out": held.without_system,
+        "leave the row's model and its system out": held.without_both,
+        "leave one benchmark out": held.without_source,
         "in sample": held.everything,
     }
     lines = []

@@ -35,11 +35,11 @@ class Constants:
     kernel_sglang: float
     launch_seconds: float
     sequence_seconds: float
-    request_trtllm: float = 0.0
-    request_vllm: float = 0.0
-    request_sglang: float = 0.0
+    request_seconds: float = 0.0
     passes: float = 0.0
-    burst: float = 0.0
+    burst_trtllm: float = 0.0
+    burst_vllm: float = 0.0
+    burst_sglang: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,15 @@ RANGES: Mapping[str, Range] = {
     "kernel_sglang": Range(1e-6, 4e-6, 2e-5, "the same"),
     "launch_seconds": Range(1e-7, 5e-6, 5e-5, "more for a kernel that the host launches: 5 to 10 us"),
     "sequence_seconds": Range(1e-7, 1e-5, 1e-4, "host work for a sampled token: 5 to 50 us in Python"),
-    "request_trtllm": Range(1e-3, 5e-2, 1.0, "seconds to take in a request: HTTP, tokenising, scheduling"),
-    "request_vllm": Range(1e-3, 5e-2, 1.0, "the same"),
-    "request_sglang": Range(1e-3, 5e-2, 1.0, "the same"),
+    "request_seconds": Range(1e-3, 0.02, 1.0, "to take a request in: HTTP, tokenising, scheduling"),
     "passes": Range(
-        0.5, 2.0, 20.0, "passes before a first token is seen: the one under way, streaming intervals"
+        0.5, 2.0, 40.0, "passes until a first token is seen: the one under way, streaming intervals"
     ),
-    "burst": Range(
-        1e-3, 0.05, 0.5, "prompts before one's own, as a share of those running: waves of arrivals"
+    "burst_trtllm": Range(
+        1e-3, 0.05, 1.0, "prompts before one's own, as a share of those running; 0.05 if only at first"
     ),
+    "burst_vllm": Range(1e-3, 0.05, 1.0, "the same"),
+    "burst_sglang": Range(1e-3, 0.05, 1.0, "the same"),
 }
 """By name of the constant. `high` of a share of a data sheet is below 1: none is reached."""
 

@@ -21,7 +21,7 @@ from harness.validation.silicon_terms import Floats, Terms, of_rows, terms
 LOSS, SCALE = "soft_l1", 0.1
 """Quadratic to errors of about 10 %, linear beyond: rows that no physics explains do not lead the fit."""
 NAMES = tuple(one.name for one in fields(Constants))
-FIRST = NAMES.index("request_trtllm")
+FIRST = NAMES.index("request_seconds")
 """Constants before it are fitted to TPOT, the others to TTFT."""
 
 
@@ -79,22 +79,22 @@ def predict(data: Measured, constants: Constants) -> Predicted:
     return Predicted(tpot, data.terms.ttft(constants, tpot, own))
 
 
-def left_out(data: Measured, key: str) -> tuple[Predicted, dict[str, Constants]]:
-    """Each row by constants that no row of the same `key` ("spec", "system", ...) had a part in."""
-    groups = data.values(key)
+def left_out(data: Measured, *keys: str) -> tuple[Predicted, dict[str, Constants]]:
+    """Each row by constants in which no row with the same value of any key ("spec", "system") had a part."""
+    groups = np.stack([data.values(key) for key in keys], axis=1)
     result = Predicted(np.zeros(len(groups)), np.zeros(len(groups)))
     by_group: dict[str, Constants] = {}
-    for group in np.unique(groups):
-        out = groups == group
-        by_group[str(group)] = constants = fit(data, ~out)
-        all_rows = predict(data, constants)
+    for group in np.unique(groups, axis=0):
+        same = groups == group
+        by_group[", ".join(group)] = constants = fit(data, ~same.any(axis=1))
+        all_rows, out = predict(data, constants), same.all(axis=1)
         result.tpot[out], result.ttft[out] = all_rows.tpot[out], all_rows.ttft[out]
     return result, by_group
 
 
 @dataclass(frozen=True)
 class Held:
-    """All answered rows, and their times by constants from all rows and from other models or systems."""
+    """All answered rows, and their times by constants from all rows, and from rows unlike them."""
 
     rows: Rows
     data: Measured
@@ -102,17 +102,28 @@ class Held:
     everything: Predicted
     without_model: Predicted
     without_system: Predicted
+    without_both: Predicted
+    without_source: Predicted
     by_model: Mapping[str, Constants]
 
 
 def hold(rows: Rows | None = None) -> Held:
-    """Fit and predict, about a second. Raises SpecError where wheel or scipy are not installed."""
+    """Fit and predict, some seconds. Raises SpecError where wheel or scipy are not installed."""
     rows = load_rows() if rows is None else rows
     data = measured_rows(rows.answered)
     constants = fit(data)
     without_model, by_model = left_out(data, "spec")
-    without_system, _ = left_out(data, "system")
-    return Held(rows, data, constants, predict(data, constants), without_model, without_system, by_model)
+    return Held(
+        rows,
+        data,
+        constants,
+        predict(data, constants),
+        without_model,
+        left_out(data, "system")[0],
+        left_out(data, "spec", "system")[0],
+        left_out(data, "source")[0],
+        by_model,
+    )
 
 
 def _minimum(

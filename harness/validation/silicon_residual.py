@@ -166,6 +166,10 @@ def words(held: Held) -> Table:
         ("none of these four", within(~(fast | wide | crowded | tight))),
         ("off by more than a factor of two", f"{int(far.sum()):,} rows ({100 * float(far.mean()):.1f} %)"),
         ("constants at an end of their range", ", ".join(limits) or "none"),
+        (
+            "what was not left out",
+            "which constants there are, and the counts of kernels, were chosen with all rows in view",
+        ),
     )
     return Table("What else is in the residual", ("of TPOT, models left out", "found"), lines)
 

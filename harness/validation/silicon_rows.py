@@ -6,7 +6,7 @@ mean the same in all of them. What a row says is taken so, and every exception i
   concurrency  `silicon_concurrency` of the source, which clients kept in flight; where the source has none,
                `batch_size`. `batch_size` itself is the concurrency of one attention rank, or of 1/n of one.
   lengths      the serving benchmark draws prompts and outputs between 0.8 and 1 of the stated length
-               (its random range ratio), the gap analysis sends exact ones
+               (`--random-range-ratio 0.8`, README of InferenceMAX), the gap analysis sends exact ones
   devices      where `moe_tp_size` = `moe_ep_size` = n > 1 the columns hold products: "tensor 8, expert 8",
                that is 8 devices with whole experts, stands as a tensor width of 64. With attention in data
                parallel, n ranks each run whole attention. Beyond 8 devices (racks) attention is data
@@ -92,9 +92,9 @@ class Row:
     """Year and month."""
 
     @property
-    def measurement(self) -> tuple[str, float, float]:
+    def measurement(self) -> tuple[str, str, float, float]:
         """What repeated entries of one measurement share."""
-        return self.spec, self.ttft, self.tpot
+        return self.spec, self.system, self.ttft, self.tpot
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,11 @@ TPOT. Clients keep C requests in flight, of which n run, as many as fit the memo
 passes, so that (n - 1) / N prompts of others join each pass on average: one prompt every N / (n - 1) passes,
 or several in each. TPOT is the mean of the passes with and without.
 
-TTFT. A request is taken in, waits for some passes, for the prompts that came with it (a share of those
-running: clients of a closed loop arrive in waves, all of them at first) and its own, and, where not all in
-flight fit, for the C - n before it, of which n leave in N passes.
+TTFT. A request is taken in, waits for some passes, then for prompts that came with it and its own. All C
+clients begin at once and send 10 C requests in all (scripts of the serving benchmark), so that at least a
+tenth of them wait for half of the others, 0.05 C prompts on average; more where an engine serves all waiting
+prompts at once. Queues for memory are left out: what a request of C - n waits for would be N / n passes,
+which the rows' times do not show.
 """
 
 from __future__ import annotations
@@ -35,8 +37,9 @@ from harness.validation.silicon_constants import ENGINES, Constants
 from harness.validation.silicon_rows import Row
 
 Floats = NDArray[np.float64]
-USABLE = 0.92
-"""Share of a device's memory that engines give to weights and caches: their settings are 0.85 to 0.95."""
+USABLE = 0.9
+"""Share of a device's memory that engines give to weights and caches: vLLM's --gpu-memory-utilization in the
+serving benchmark's own scripts (InferenceMAX), and near what the other engines are told."""
 WIDTHS = tuple(
     f"{kind}_parallel" for kind in ("tensor", "pipeline", "data", "expert", "expert_tensor", "context")
 )
@@ -73,8 +76,6 @@ class Terms:
     others: tuple[Floats, Floats]
     kernels: Floats
     engine: NDArray[np.int_]
-    output: Floats
-    """Number of tokens of a request."""
     running: Floats
     """Number of sequences that run at once."""
     waiting: Floats
@@ -103,9 +104,8 @@ class Terms:
 
     def ttft(self, c: Constants, tpot: Floats, own: Floats) -> Floats:
         """Seconds to the first token, given those of an output token and of a pass of one prompt alone."""
-        request = np.array([getattr(c, f"request_{name}") for name in ENGINES])[self.engine]
-        queued = self.waiting / self.running * self.output * tpot
-        return request + c.passes * tpot + own * (1 + c.burst * self.running) + queued
+        before = np.array([getattr(c, f"burst_{name}") for name in ENGINES])[self.engine] * self.running
+        return np.asarray(c.request_seconds + c.passes * tpot + own * (1 + before))
 
 
 def terms(rows: Sequence[Row]) -> Terms:
@@ -170,7 +170,6 @@ def _group(rows: Sequence[Row]) -> Terms:
         wide(priced.links.others),
         np.full(len(rows), float(kernels(architecture, one.precision))),
         np.array([ENGINES.index(row.engine) for row in rows]),
-        output,
         running,
         clients - running,
         holds,

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from harness.audit import assume, audit, explain, solve
+from harness.cli import main
 from harness.spec import SpecError, load
 from suites.selftest.small_specs import BASE, claim, only
 from suites.selftest.small_specs import spec as small
@@ -186,6 +187,22 @@ def test_what_cannot_be_assumed_is_one_sentence(tmp_path, texts, message):
     assert str(raised.value).startswith("--assume ")
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_the_command_line_assumes(capsys):
+    """`audit` and `solve` take it, more than once; what is wrong with it is one sentence and code 78."""
+    for arguments in (["audit", "--assume", "gpus=24000,25000"], ["solve", "--limit", "1"]):
+        with pytest.raises(SystemExit) as done:
+            main([arguments[0], "gpt4-leak", *arguments[1:], "--assume", "d_model=10752"])
+        assert done.value.code == 0
+        assert "changed by --assume" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as done:
+        main(["audit", "gpt4-leak", "--assume", "gpu_hour=1"])
+    assert done.value.code == 78
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.count("\n") == 1
+    assert 'did you mean "gpu_hour_usd"?' in shown.err
 
 
 def test_a_constant_names_an_axis_that_the_spec_has(tmp_path):

@@ -9,6 +9,7 @@ import operator
 import random
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -355,3 +356,13 @@ def test_the_answer_needs_no_torch():
         "sys.exit(bool({'torch', 'scipy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
+
+
+def test_a_million_completions_take_less_than_two_seconds():
+    """At least 1e6 completions, and all that follows from them, at a rate of 1e6 in under 2 s."""
+    start = time.perf_counter()
+    found = audit(LEAK)
+    seconds = time.perf_counter() - start
+    assert found.completions >= 1e6
+    # 0.07 s for each million on one core; 2 s leave room for a busy one
+    assert seconds / (found.completions / 1e6) < 2

@@ -202,7 +202,7 @@ def test_serving_layouts_can_be_and_fit(name: str) -> None:
         assert need <= question.room
         rounds = min(layout.pipeline_parallel, facts["batch"])
         priced = pricer(question.architecture, question.hardware, layout, form)
-        answered = steady_state(priced, facts["sequences"], PROMPT, OUTPUT, rounds)
+        answered = steady_state(priced, facts["sequences"], PROMPT, OUTPUT, rounds, "whole")
         assert float(answered.tpot) == pytest.approx(facts["tpot"], rel=1e-9)
         rate = float(answered.tokens_per_second)
         assert facts["usd_per_1k"] == pytest.approx(16 * question.price / 3.6 / rate, rel=1e-9)
@@ -232,7 +232,7 @@ def test_the_search_for_serving_agrees_with_trying_one_by_one() -> None:
             form, together = precision(name), batch * layout.data_parallel
             if kept(question, layout, form, batch) <= question.room:
                 priced = pricer(question.architecture, question.hardware, layout, form)
-                answer = steady_state(priced, together, PROMPT, OUTPUT, min(pp, batch))
+                answer = steady_state(priced, together, PROMPT, OUTPUT, min(pp, batch), "whole")
                 price = 8 * question.price / 3.6 / float(answer.tokens_per_second)
                 points.append((float(answer.tpot), price))
     found = served(question)
@@ -252,7 +252,7 @@ def runs(question: Question, layout: Layout) -> bool:
 
 def kept(question: Question, layout: Layout, form: Precision, batch: int) -> float:
     """Bytes of the fullest rank in serving."""
-    tokens = batch * (1 + PROMPT / OUTPUT)
+    tokens = batch + max(1, batch / OUTPUT) * PROMPT
     return full(
         lambda stage: serving_memory(
             question.architecture,

@@ -30,8 +30,11 @@ def laid_out(draw: st.DrawFn) -> tuple[Architecture, Layout]:
     architecture = draw(architectures())
     heads, groups = architecture.attention.n_heads, architecture.attention.n_kv_heads
     latent = architecture.attention.mla is not None
+    d_ff = architecture.ffn.d_ff if architecture.ffn else 0
     ways = [
-        t for t in range(1, heads + 1) if heads % t == 0 and (latent or groups % t == 0 or t % groups == 0)
+        t
+        for t in range(1, heads + 1)
+        if heads % t == 0 and d_ff % t == 0 and (latent or groups % t == 0 or t % groups == 0)
     ]
     moe = architecture.moe
     expert_ways = [e for e in range(1, moe.n_experts + 1) if moe.n_experts % e == 0] if moe else [1]

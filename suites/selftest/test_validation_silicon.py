@@ -288,6 +288,31 @@ def test_left_out_rows_have_no_part_in_their_constants() -> None:
     assert before["deepseek-v3"] != after["deepseek-v3"]
 
 
+def test_two_keys_leave_out_what_has_either() -> None:
+    """With model and system left out, absurd times of either leave a row's constants as they were."""
+    pytest.importorskip("scipy")
+    lines = [
+        line(
+            id=f"{model}{system}{clients}",
+            model_path=model,
+            system=system,
+            silicon_tpot_ms=str(clients),
+            silicon_data_source=f"db-dump; silicon_concurrency={clients}",
+        )
+        for model in ("deepseek-ai/DeepSeek-V3", "MiniMaxAI/MiniMax-M2.5")
+        for system in ("h200_sxm", "b200_sxm")
+        for clients in (4, 16, 64)
+    ]
+    data = measured_rows(parse(lines).answered)
+    either = (data.values("spec") == "deepseek-v3") | (data.values("system") == "h200")
+    absurd = np.where(either, 50.0, 1.0)
+    _, before = left_out(data, "spec", "system")
+    _, after = left_out(replace(data, tpot=data.tpot * absurd), "spec", "system")
+    assert len(before) == 4
+    assert before["deepseek-v3, h200"] == after["deepseek-v3, h200"]
+    assert before["minimax-m2.5, b200"] != after["minimax-m2.5, b200"]
+
+
 def test_nothing_cannot_be_fitted() -> None:
     """A choice without rows is the caller's mistake."""
     data = measured_rows(handmade(4))
@@ -300,7 +325,7 @@ def test_every_aggregated_row_of_a_spec_is_answered() -> None:
     rows = held().rows
     assert len(rows.answered) + sum(rows.left_out.values()) == 5221
     assert (rows.aggregated, len(rows.answered)) == (3619, 3182)
-    for one in (held().without_model, held().without_system, held().everything):
+    for one in (held().without_model, held().without_system, held().without_both, held().everything):
         assert np.isfinite(one.tpot).all()
         assert (one.tpot > 0).all()
         assert np.isfinite(one.ttft).all()
@@ -314,6 +339,7 @@ def test_tpot_is_within_the_bar() -> None:
     without_system = silicon_residual.mdape(held().without_system.tpot, data.tpot)
     assert without_model <= min(BAR, AIM)
     assert without_system <= BAR
+    assert silicon_residual.mdape(held().without_both.tpot, data.tpot) <= BAR
 
 
 def test_the_shipped_constants_are_those_of_the_command() -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from harness.audit.axes import Numbers
 from harness.audit.quantities.registry import quantity
 from harness.theory import batching, routing, serving, speculation
 
@@ -213,7 +212,8 @@ def _network_falls_slower(partition_exponent: Any) -> Any:
     "x",
     "bytes of experts",
     "more * (1 - (1 - top_k / more) ** tokens_in_a_pass)"
-    " / (n_experts * (1 - (1 - top_k / n_experts) ** tokens_in_a_pass)) * (n_experts / more) ** expert_shrinkage",
+    " / (n_experts * (1 - (1 - top_k / n_experts) ** tokens_in_a_pass))"
+    " * (n_experts / more) ** expert_shrinkage",
     "architecture.moe.n_experts",
     "architecture.moe.top_k",
     "assumptions.expert_shrinkage",
