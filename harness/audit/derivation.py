@@ -59,9 +59,12 @@ def steps(spec: Spec, finding: Finding) -> Iterator[str]:
     axes = {argument(axis): axis for axis in finding.example}
     for name in dict.fromkeys(re.findall(r"[A-Za-z_]\w*", quantity.formula)):
         value = known.get(name)
-        if isinstance(value, bool | int | float | np.number):
-            origin = _origin(spec, finding.test.claim, name, axes.get(name, ""))
-            yield f"{name} = {number(float(value))} {_unit(spec, name, axes.get(name, ''))}".rstrip() + origin
+        axis = axes.get(name, "")
+        origin = _origin(spec, finding.test.claim, name, axis)
+        if isinstance(value, list):
+            yield f"{name} = {', '.join(map(str, value))}{origin}"
+        elif isinstance(value, bool | int | float | np.number):
+            yield f"{name} = {number(float(value))} {_unit(spec, name, axis)}".rstrip() + origin
 
 
 def _unit(spec: Spec, name: str, axis: str) -> str:

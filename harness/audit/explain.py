@@ -8,7 +8,7 @@ from typing import Any
 from harness.audit.deciders import Decider
 from harness.audit.derivation import derivation, in_own_unit, result, steps
 from harness.audit.verdicts import Conflict, Finding, Judged, Verdict, judge
-from harness.audit.wording import cases, decided, dimensions, listed, number, short, span, theory
+from harness.audit.wording import cases, decided, dimensions, listed, meant, number, short, span, theory
 from harness.spec import Spec, SpecError
 from harness.spec.errors import did_you_mean, sentence
 
@@ -52,8 +52,7 @@ def _verdict(judged: Judged, verdict: Verdict) -> Iterator[str]:
     if verdict.reason:
         yield f"  {verdict.reason}"
     if figure.interval is not None and verdict.findings:
-        unit = figure.readings[0].unit
-        yield f"  as printed, that is {span(figure.interval.low, figure.interval.high, unit)}"
+        yield f"  as printed, that is {meant(figure.readings[0], figure.interval)}"
     for finding in verdict.findings:
         yield from _finding(spec, finding)
     if verdict.slips:

@@ -9,7 +9,8 @@ from harness.audit.deciders import Decider, Pair
 from harness.audit.quantities import argument
 from harness.audit.quantity import Side
 from harness.audit.verdicts import Finding
-from harness.spec import Spec
+from harness.spec import Reading, Spec
+from harness.spec.printed import Interval
 
 _CHANGES = 3
 """Single changes that turn a figure, of those that one line names."""
@@ -42,6 +43,17 @@ def span(low: float, high: float, unit: str = "") -> str:
         first, last = number(low), number(high)
         text = first if first == last else f"{first} to {last}"
     return f"{text} {unit}".strip()
+
+
+def meant(reading: Reading, interval: Interval) -> str:
+    """What a printed figure stands for."""
+    if reading.value in ("yes", "no"):
+        return f"{reading.value} (1 for yes, 0 for no)"
+    if isinf(interval.low) and interval.high_open:
+        return f"less than {span(interval.high, interval.high, reading.unit)}"
+    if isinf(interval.high) and interval.low_open:
+        return f"more than {span(interval.low, interval.low, reading.unit)}"
+    return span(interval.low, interval.high, reading.unit)
 
 
 def theory(finding: Finding) -> str:

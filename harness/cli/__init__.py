@@ -12,7 +12,7 @@ from pathlib import Path
 
 import typer
 
-from harness.cli import listing, measuring, plan, planning, running, specs, theory, tiny
+from harness.cli import listing, measuring, plan, planning, running, specs, theory, tiny, validation
 
 DEBUG = "--debug"
 USAGE, SOFTWARE, CONFIG, INTERRUPTED, PIPE = 4, 70, 78, 130, 141
@@ -27,7 +27,7 @@ app = typer.Typer(
     help="Conformance and benchmarks for mixture-of-experts language models. "
     f"Any command takes {DEBUG}: a traceback in the place of a sentence.",
 )
-for part in (theory, planning, specs, running, listing, measuring, tiny, plan):
+for part in (theory, planning, specs, running, listing, measuring, tiny, plan, validation):
     part.add_to(app)
 
 

@@ -61,7 +61,7 @@ def plan(
         Pairs, typer.Option("--set", metavar="LEAF=VALUE", help="Complete or change the spec (repeatable).")
     ] = None,
     efficiency: Annotated[
-        Pairs, typer.Option(metavar="NAME=VALUE", help="Such as compute=0.5 (repeatable).")
+        Pairs, typer.Option(metavar="NAME=VALUE", help="compute=0.5, or measured (repeatable).")
     ] = None,
     overlap: Annotated[
         Pairs, typer.Option(metavar="NAME=SHARE", help="Training: sent under computation, as expert=1.")
@@ -76,7 +76,8 @@ def plan(
 ) -> None:
     """Layouts that fit, the best first, with those that nothing beats and what rules others out.
 
-    At the data sheet's rates, unless --efficiency says what share of them is reached.
+    At the data sheet's rates, unless --efficiency says what is reached: NAME=VALUE, or the constants that were
+    fitted to measured serving rows, as measured or of one engine as measured:vllm.
     """
     from harness.planning import serving, training
     from harness.planning.constraints import pairs
@@ -84,6 +85,7 @@ def plan(
     from harness.planning.settings import completed, efficiency_of, overlap_of
     from harness.spec import load
     from harness.spec.hardware import load_hardware
+    from harness.validation.silicon_constants import measured
 
     document = load(spec)
     question = Question(
@@ -94,7 +96,7 @@ def plan(
         least_gpus=least_gpus,
         constraints=tuple(constraints or ()),
         tries=pairs(try_ or (), "--try"),
-        efficiency=efficiency_of(efficiency or ()),
+        efficiency=efficiency_of(efficiency or (), measured),
         gpu_hour_usd=gpu_hour_usd,
         memory_reserve=memory_reserve,
         rank=rank.value,

@@ -60,7 +60,9 @@ def simulate(
     ] = None,
     slo: Annotated[Pairs, Option(metavar="NAME=S", help="ttft=0.5, tpot=0.05, e2e or queue.")] = None,
     precision: Annotated[str, Option(help="Formats to serve in.")] = "bfloat16",
-    efficiency: Annotated[Pairs, Option(metavar="NAME=VALUE", help="As compute=0.5 (repeatable).")] = None,
+    efficiency: Annotated[
+        Pairs, Option(metavar="NAME=VALUE", help="compute=0.5, or measured (repeatable).")
+    ] = None,
     skew: Annotated[float, Option(min=0, help="Popularity of experts falls as i^-skew.")] = 0,
     set_: Annotated[Pairs, Option("--set", metavar="LEAF=VALUE", help="Complete or change the spec.")] = None,
     gpu_hour_usd: Annotated[float | None, Option(min=0, help="Default: the hardware's.")] = None,
@@ -75,7 +77,8 @@ def simulate(
 ) -> None:
     """Latency, throughput, occupancy and cost of serving, in simulated time.
 
-    At the data sheet's rates, unless --efficiency says what share of them is reached.
+    At the data sheet's rates, unless --efficiency says what is reached: NAME=VALUE, or the constants that were
+    fitted to measured serving rows, as measured or of one engine as measured:vllm.
     """
     import time
 
@@ -87,6 +90,7 @@ def simulate(
     from harness.spec import load
     from harness.spec.hardware import load_hardware
     from harness.theory.precision import precision as formats
+    from harness.validation.silicon_constants import measured
 
     if example:
         show([outcome.example()], form)
@@ -107,7 +111,7 @@ def simulate(
             expert_parallel=expert_parallel,
         ),
         formats(precision),
-        efficiency_of(efficiency or ()),
+        efficiency_of(efficiency or (), measured),
         skew,
         memory_reserve,
     )

@@ -58,7 +58,9 @@ def audit(
     document = audits.assume(load(spec), assume or ())
     with progress(f"audit of {document.name}"):
         found = audits.explain(document, explain) if explain else audits.audit(document)
-    if isinstance(found, str):
+    if isinstance(found, str) and form is Format.json:
+        show_json({"claim": explain, "explanation": found.splitlines()})
+    elif isinstance(found, str):
         show_lines(found)
     elif form is Format.json:
         show_json(found.as_dict())

@@ -46,15 +46,15 @@ def gpt_oss() -> Section:
         def of(*prefixes: str, parts: dict[str, int] = parts) -> float:
             return sum(count for name, count in parts.items() if name.startswith(prefixes)) / 1e9
 
-        size = serving_memory(
-            architecture, Layout(), PRECISIONS["mxfp4-experts"], batch=1, context=1
-        ).weights
+        size = serving_memory(architecture, Layout(), PRECISIONS["mxfp4-experts"], batch=1, context=1).weights
         active = parameters.active(architecture, "no-input-embedding")
         unit = "1e9 parameters"
         rows += [
             Row(f"{one.spec}: MLP", one.mlp, of("experts", "router"), unit),
             Row(f"{one.spec}: attention", one.attention, of("attention"), unit),
-            Row(f"{one.spec}: embedding and unembedding", one.embeddings, of("embedding", "unembedding"), unit),
+            Row(
+                f"{one.spec}: embedding and unembedding", one.embeddings, of("embedding", "unembedding"), unit
+            ),
             Row(f"{one.spec}: active", one.active, active / 1e9, unit),
             Row(f"{one.spec}: total", one.total, parameters.total(architecture) / 1e9, unit),
             Row(f"{one.spec}: checkpoint", one.gib, size / GIB, "GiB"),

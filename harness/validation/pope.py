@@ -60,16 +60,15 @@ def stationary_elements(architecture: Architecture, tokens: float, split: int) -
 
 
 def stationary_seconds(architecture: Architecture, tokens: float, axes: int) -> float:
-    """A layer's time on the links where d_model lies over so many of the three axes of the torus."""
+    """A layer's time on the links where d_model lies over so many of the three axes of the torus, 1 or 2."""
     inner, outer = stationary_elements(architecture, tokens, AXIS**axes)
     each = load_hardware("tpu-v4").island_link.bandwidth / AXES
-    # Over no axis nothing is sent, and over all of them the whole layer is on one.
-    return ACTIVATION * (inner / (max(axes, 1) * each) * (axes > 0) + outer / ((AXES - axes) * each))
+    return ACTIVATION * (inner / (axes * each) + outer / ((AXES - axes) * each))
 
 
 def best_axes(architecture: Architecture) -> int:
-    """The axes for d_model that take least time."""
-    return min(range(AXES), key=lambda axes: stationary_seconds(architecture, 1, axes))
+    """The axes for d_model that take least time, of those that are a 2D partitioning."""
+    return min(range(1, AXES), key=lambda axes: stationary_seconds(architecture, 1, axes))
 
 
 def paper_elements(d_model: float, tokens: float, chips: int) -> float:
@@ -168,7 +167,9 @@ def palm() -> Section:
     rows, found = [], {}
     for row, one in enumerate(published.POPE):
         found[row] = seconds = row_seconds(row, *numbers[row])
-        why = f"{row_parts(row, *numbers[row]).told()}; at data-sheet rates {row_seconds(row, 1.0, 0.0):.3g} s"
+        why = (
+            f"{row_parts(row, *numbers[row]).told()}; at data-sheet rates {row_seconds(row, 1.0, 0.0):.3g} s"
+        )
         rows += [
             Row(f"{one.name}, batch {one.batch}", one.seconds, seconds, "s", why),
             Row(f"{one.name}: MFU", one.percent, utilisation(row, seconds), "%", "as its latency"),

@@ -122,7 +122,10 @@ def deepseek() -> Section:
     """Table 1 of DeepSeek-V3, with the efficiency of Llama 3's table."""
     architecture, share = load("deepseek-v3").architecture, h100_compute()
     predicted, price = hours(deepseek_step(share)), load_hardware("h800").gpu_hour_usd.value
-    exposed, half = hours(deepseek_step(share, hidden=False)), hours(deepseek_step(share, multiplied="bfloat16"))
+    exposed, half = (
+        hours(deepseek_step(share, hidden=False)),
+        hours(deepseek_step(share, multiplied="bfloat16")),
+    )
     own = fitted(
         lambda _, compute: hours(deepseek_step(compute)), [published.DEEPSEEK_HOURS], [0], (0.05, 1.5)
     )
@@ -136,7 +139,9 @@ def deepseek() -> Section:
     rate = 6 * active * published.DEEPSEEK_TOKENS / run_seconds
     utilised = 100 * rate / load_hardware("h800").peak_flops("fp8")
     at_theirs = 100 * rate / published.DEEPSEEK_MFU_PEAK
-    mfu_why = f"the source's peak is 1,513e12, of a PCIe card: of that it is {at_theirs:.1f} %; ours is the SXM's"
+    mfu_why = (
+        f"the source's peak is 1,513e12, of a PCIe card: of that it is {at_theirs:.1f} %; ours is the SXM's"
+    )
     return Section(
         "DeepSeek-V3, table 1: hours and cost on H800",
         "DeepSeek-AI 2024, arXiv 2412.19437, table 1 and section 3; Austin et al. 2025 for the MFU",
@@ -145,7 +150,13 @@ def deepseek() -> Section:
         "DualPipe's, with all-to-alls, hand-overs and gradients hidden, as the paper says of DualPipe",
         (
             Row("pre-training", published.DEEPSEEK_HOURS, predicted, "H800 h", why),
-            Row("cost", published.DEEPSEEK_COST, (predicted + later) * price, "USD", "as the hours, on which it rests"),
+            Row(
+                "cost",
+                published.DEEPSEEK_COST,
+                (predicted + later) * price,
+                "USD",
+                "as the hours, on which it rests",
+            ),
             Row(
                 "cost of the printed hours",
                 published.DEEPSEEK_COST,

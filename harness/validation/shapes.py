@@ -43,7 +43,7 @@ def gshard(experts: int, layers: int) -> Architecture:
     )
 
 
-def leaked(kv_heads: int = 96) -> Architecture:
+def leaked(heads: int = 96, kv_heads: int | None = None) -> Architecture:
     """GPT-4's shape as the leak's expert and attention sizes agree on it: d_model 10752, d_ff four times that,
     two matrices, 16 experts of which 2, 120 layers; multi-head, unless `kv_heads` says less."""
     width = 10_752
@@ -52,7 +52,9 @@ def leaked(kv_heads: int = 96) -> Architecture:
         n_layers=120,
         vocab_size=100_352,
         max_positions=8192,
-        attention=Attention(n_heads=96, n_kv_heads=kv_heads, head_dim=width // 96, rope=Rope()),
+        attention=Attention(
+            n_heads=heads, n_kv_heads=kv_heads or heads, head_dim=width // heads, rope=Rope()
+        ),
         moe=Moe(n_experts=16, top_k=2, expert=FeedForward(d_ff=4 * width, gated=False, activation="gelu")),
         dtype="float16",
     )

@@ -192,7 +192,9 @@ def korthikanti() -> Section:
         one, way = models[row % len(models)], WAYS[row // len(models)]
         predicted = step(row, found.parameters[row])
         own = fitted(lambda row, compute: float(step(row, compute).seconds), times, [row], COMPUTE)
-        why = f"alone it would take a share of {own:.3f} of the peak; {told(predicted)}; with equal stages it "
+        why = (
+            f"alone it would take a share of {own:.3f} of the peak; {told(predicted)}; with equal stages it "
+        )
         why += f"would be {float(predicted.seconds - predicted.imbalance):.3g} s"
         rows.append(Row(f"{one.name}, {way} recomputation", times[row], seconds, "s", why))
     for row, one in enumerate(models):
@@ -268,8 +270,7 @@ def llama() -> Section:
     shown = ", ".join(f"{parameter:.3f}" for parameter in found.parameters)
     longest = published.LLAMA[-1]
     causal, square = (
-        training.work_per_token(spec.architecture, longest.context, attention=pairs).model
-        for pairs in PAIRS
+        training.work_per_token(spec.architecture, longest.context, attention=pairs).model for pairs in PAIRS
     )
     return Section(
         "Llama 3 405B, table 4: training steps on H100",
@@ -306,13 +307,18 @@ def megascale() -> Section:
     for name, hidden in (("Megatron-LM", False), ("MegaScale", True)):
         times = [one.megascale if hidden else one.megatron for one in published.MEGASCALE]
 
+        def step(row: int, compute: float, hidden: bool = hidden) -> TrainingStep:
+            return megascale_step(row, compute, hidden=hidden)
+
         def seconds(row: int, compute: float, hidden: bool = hidden) -> float:
-            return float(megascale_step(row, compute, hidden=hidden).seconds)
+            return float(step(row, compute, hidden).seconds)
 
         found = held_out(seconds, times, halves(len(times)), COMPUTE)
         shown.append(f"{name} {found.parameters[0]:.3f} and {found.parameters[1]:.3f}")
         for row, one in enumerate(published.MEGASCALE):
-            why = told(megascale_step(row, found.parameters[row], hidden=hidden))
+            own, most = (fitted(seconds, times, [place], COMPUTE) for place in (row, len(times) - 1))
+            why = f"alone it would take a share of {own:.3f} of the peak, and the largest run {most:.3f}: what grows with "
+            why += f"GPUs, as waiting for the slowest, is not in the model; {told(step(row, found.parameters[row]))}"
             rows.append(Row(f"{name} on {one.gpus:,}", times[row], found.predicted[row], "s", why))
     return Section(
         "MegaScale, table 2: 175e9 parameters on up to 12,288 A100",

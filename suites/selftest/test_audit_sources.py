@@ -52,6 +52,23 @@ def test_an_explanation_names_each_number_of_the_formula():
     assert "(1 USD; ours)" in text
 
 
+@pytest.mark.parametrize(
+    ("printed", "meant"),
+    [
+        ("<30", "less than 30 GPUs"),
+        ("<=30", "at most 30 GPUs"),
+        (">10", "more than 10 GPUs"),
+        (">=10", "at least 10 GPUs"),
+        ("~20", "15 to 25 GPUs"),
+        ("10-20", "10 to 20 GPUs"),
+    ],
+)
+def test_a_figure_is_explained_as_what_it_stands_for(tmp_path, printed, meant):
+    """Bounds with or without their end, roundings and ranges, in the unit that is printed."""
+    document = spec(tmp_path, claim("gpus", "training.gpus", (printed, "GPUs", "A")))
+    assert f"as printed, that is {meant}\n" in explain(document, "gpus")
+
+
 @pytest.mark.parametrize("name", names())
 def test_counts_add_up(name):
     """Over verdicts and silence each document has as many claims as there are; every figure is counted."""

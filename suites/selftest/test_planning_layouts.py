@@ -18,6 +18,7 @@ from harness.spec import Architecture, SpecError, load
 from harness.theory import pipeline
 from harness.theory.layout import Layout, check
 from harness.theory.sharding import telling_stages
+from harness.validation.silicon_constants import measured
 
 NAMES = ("mixtral-8x7b", "llama-3.1-8b", "deepseek-v3", "gpt-oss-20b")
 WAYS = ("tensor_parallel", "pipeline_parallel", "context_parallel", "expert_parallel")
@@ -315,20 +316,39 @@ def test_every_field_that_may_be_tried_exists() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["compute=0", "compute=1.1", "memory=nan", "compute", "layer_seconds=-1", "speed=1"]
+    "text",
+    [
+        "compute=0",
+        "compute=1.1",
+        "memory=nan",
+        "compute",
+        "layer_seconds=-1",
+        "latency=-1",
+        "speed=1",
+        "measured:nobody",
+    ],
 )
 def test_an_efficiency_that_cannot_be_is_refused(text: str) -> None:
     """Shares are above 0 and at most 1, times are not negative, names are known."""
     with pytest.raises(SpecError):
-        efficiency_of([text])
+        efficiency_of([text], measured)
 
 
 def test_settings_are_read_by_field() -> None:
     """Shares and seconds land where their names say."""
-    assert efficiency_of(["compute=0.5", "layer_seconds=1e-5"]).layer_seconds == 1e-5
+    assert efficiency_of(["compute=0.5", "layer_seconds=1e-5"], measured).layer_seconds == 1e-5
     assert overlap_of(["expert=0"]).expert == 0
     with pytest.raises(SpecError, match="is no share; give 0 to 1"):
         overlap_of(["expert=2"])
+
+
+def test_measured_efficiency_is_a_start_that_a_setting_changes() -> None:
+    """What was fitted to an engine's rows, but for what is given beside it."""
+    found = efficiency_of(["memory=0.5", "measured:vllm"], measured)
+    assert found == replace(measured("vllm"), memory=0.5)
+    assert efficiency_of(["measured"], measured) == measured("mean") != measured("vllm")
+    with pytest.raises(SpecError, match="cannot both be"):
+        efficiency_of(["measured", "measured:vllm"], measured)
 
 
 def test_an_architecture_with_unknowns_says_how_to_complete_it() -> None:
