@@ -76,7 +76,7 @@ def plan(
 ) -> None:
     """Layouts that fit, the best first, with those that nothing beats and what rules others out.
 
-    At the data sheet's rates, unless --efficiency says what is reached: NAME=VALUE, or the constants that were
+    At the data sheet's rates, unless --efficiency says what is reached: NAME=VALUE, or constants that were
     fitted to measured serving rows, as measured or of one engine as measured:vllm.
     """
     from harness.planning import serving, training

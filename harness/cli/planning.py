@@ -77,7 +77,7 @@ def simulate(
 ) -> None:
     """Latency, throughput, occupancy and cost of serving, in simulated time.
 
-    At the data sheet's rates, unless --efficiency says what is reached: NAME=VALUE, or the constants that were
+    At the data sheet's rates, unless --efficiency says what is reached: NAME=VALUE, or constants that were
     fitted to measured serving rows, as measured or of one engine as measured:vllm.
     """
     import time
