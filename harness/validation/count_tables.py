@@ -62,7 +62,8 @@ def gpt_oss() -> Section:
     return Section(
         "gpt-oss, table 1: parts and checkpoints",
         "OpenAI 2025, gpt-oss model card, table 1",
-        "active: without the input embedding; checkpoints: experts in MXFP4, 4.25 bits, the rest in 16; nothing fitted",
+        "active: without the input embedding; checkpoints: experts in MXFP4, 4.25 bits, the rest in 16; "
+        "nothing fitted",
         tuple(rows),
     )
 
@@ -76,7 +77,8 @@ def sparse() -> Section:
     return Section(
         "GShard, table 1: parameters",
         "Lepikhin et al. 2020, arXiv 2006.16668, table 1",
-        "experts' matrices alone, in every other layer, width 1,024 and d_ff 8,192 (from memory of the paper): the "
+        "experts' matrices alone, in every other layer, width 1,024 and d_ff 8,192 (from memory of the "
+        "paper): the "
         "table's figures are round and below; nothing fitted",
         tuple(rows),
     )
@@ -148,7 +150,7 @@ def korthikanti() -> Section:
             )
             # Their figure is of layers alone.
             ends = kept(architecture, way, CONTEXT, dropout=True)
-            flying = min(one.pipeline, microbatches)
+            flying: float = min(one.pipeline, microbatches)
             if one.chunks > 1:
                 flying *= 1 + (one.pipeline - 1) / (one.pipeline * one.chunks)
             held -= flying * ends.embedding + (one.pipeline == 1) * ends.head
@@ -163,7 +165,8 @@ def korthikanti() -> Section:
     return Section(
         "Korthikanti et al. 2022, figure 1: memory of the first stage",
         "arXiv 2205.05198, figure 1 and table 3, as Calculon transcribes them",
-        "of the layers alone, as in the figure: no embedding, no head; 18 bytes a parameter (gradients in 32 bits), "
+        "of the layers alone, as in the figure: no embedding, no head; 18 bytes a parameter (gradients in 32 "
+        "bits), "
         "dropout; nothing fitted",
         tuple(rows),
     )

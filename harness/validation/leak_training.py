@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from harness.spec.hardware import load_hardware
+from harness.spec.hardware import Format, load_hardware
 from harness.theory import communication, failures, flops, parameters, pipeline, routing, serving, training
 from harness.theory.activations import kept, stage_activations
 from harness.theory.layout import Layout
 from harness.theory.sharding import rank_parameters, split
 from harness.theory.states import States, training_memory
+from harness.theory.steps import WAYS
 from harness.validation.shapes import leaked
 from harness.validation.worked import Worked
 
@@ -121,27 +122,32 @@ def _compute() -> Iterator[Worked]:
         "%",
         f"{scores:.4g} over {2 * worked:.4g} FLOP a token",
     )
-    for mfu, days in ((32, "99.7"), (36, "88.6")):
+    for mfu, shown in ((32, "99.7"), (36, "88.6")):
         found = training.days(FLOPS, GPUS, peak, mfu / 100)
         yield Worked(
-            f"days at {mfu} % of 25,000 A100", days, found, "days", f"2.15e25 / (25,000 x {peak:g} x {mfu} %)"
+            f"days at {mfu} % of 25,000 A100",
+            shown,
+            found,
+            "days",
+            f"2.15e25 / (25,000 x {peak:g} x {mfu} %)",
         )
-    for days, mfu in ((90, "35.4"), (100, "31.9"), (105, "30.4")):
+    for days, shown in ((90, "35.4"), (100, "31.9"), (105, "30.4")):
         found = 100 * training.implied_mfu(FLOPS, GPUS, peak, days)
         yield Worked(
-            f"utilisation at {days} days", mfu, found, "%", f"2.15e25 / (25,000 x {peak:g} x {days} days)"
+            f"utilisation at {days} days", shown, found, "%", f"2.15e25 / (25,000 x {peak:g} x {days} days)"
         )
-    for days, usd in ((90, "54e6"), (100, "60e6"), (105, "63e6")):
+    for days, shown in ((90, "54e6"), (100, "60e6"), (105, "63e6")):
         found = training.cost(GPUS, days, 1.0)
-        yield Worked(f"cost of {days} days", usd, found, "USD", f"25,000 x {days} x 24 h at 1 USD")
+        yield Worked(f"cost of {days} days", shown, found, "USD", f"25,000 x {days} x 24 h at 1 USD")
     h100, gpus, days = load_hardware("h100"), 8192, 55
     found = training.cost(gpus, days, 2.0)
     yield Worked("cost on 8,192 H100", "21.63e6", found, "USD", "8,192 x 55 x 24 h at 2 USD")
-    for form, mfu in (("bfloat16", "55.8"), ("fp8", "27.9")):
+    forms: tuple[tuple[Format, str], ...] = (("bfloat16", "55.8"), ("fp8", "27.9"))
+    for form, shown in forms:
         top = h100.peak_flops(form)
         found = 100 * training.implied_mfu(FLOPS, gpus, top, days)
         yield Worked(
-            f"utilisation there, of {form}", mfu, found, "%", f"2.15e25 / (8,192 x {top:g} x 55 days)"
+            f"utilisation there, of {form}", shown, found, "%", f"2.15e25 / (8,192 x {top:g} x 55 days)"
         )
 
 
@@ -240,11 +246,10 @@ def _network() -> Iterator[Worked]:
     )
     yield Worked("their share of the step", "6.5", 100 * seconds / step, "%", f"{seconds:.3f} / {step:.1f} s")
     whole = replace(RUN, sequence_parallel=False, expert_tensor_parallel=8)
-    ways = ("forward", "backward")
     payload = CONTEXT * model.d_model * 2
     reductions = [
         one
-        for way in ways
+        for way in WAYS
         for one in communication.tensor_traffic(model, whole, hardware, CONTEXT, way, routed=True)
         if one.payload == payload
     ]

@@ -52,7 +52,8 @@ def utilisation() -> Section:
     return Section(
         "PaLM, table 3: utilisation",
         "Chowdhery et al. 2022, arXiv 2204.02311, section 4.1, table 3 and appendix B",
-        "the rates that the paper gives (tokens/s; steps/s of Gopher at its final batch; FLOP/s of GPT-3), its "
+        "the rates that the paper gives (tokens/s; steps/s of Gopher at its final batch; FLOP/s of GPT-3), "
+        "its "
         "formula 6 N + 12 L H h S, peaks of data sheets. Nothing fitted; HFU with every layer recomputed",
         (
             Row("PaLM 540B, MFU", published.PALM_MFU, percent("palm"), "%"),
@@ -145,7 +146,8 @@ def deepseek() -> Section:
     return Section(
         "DeepSeek-V3, table 1: hours and cost on H800",
         "DeepSeek-AI 2024, arXiv 2412.19437, table 1 and section 3; Austin et al. 2025 for the MFU",
-        f"nothing fitted: the share of the peak is Llama 3's, {share:.3f}, applied to FP8. 16 stages, experts 64 ways, "
+        f"nothing fitted: the share of the peak is Llama 3's, {share:.3f}, applied to FP8. 16 stages, "
+        "experts 64 ways, "
         "ZeRO-1 and batches of 15,360 x 4,096 as printed; the schedule is ZB-V, whose bubble is nearest to "
         "DualPipe's, with all-to-alls, hand-overs and gradients hidden, as the paper says of DualPipe",
         (
@@ -197,8 +199,10 @@ def failing() -> Section:
     return Section(
         "Effective time of the largest runs",
         "Llama 3, arXiv 2407.21783, section 3.3.4 and table 5; MegaScale, arXiv 2402.15627, section 6.3",
-        f"failures: 419 in 54 days of 16,384 GPUs for both; assumed {CHECKPOINT_SECONDS:.0f} s for a checkpoint and "
-        f"{RESTART_SECONDS:.0f} s for a restart, (MegaScale: detection in less than 10 minutes), at the best interval",
+        f"failures: 419 in 54 days of 16,384 GPUs for both; assumed {CHECKPOINT_SECONDS:.0f} s for a "
+        "checkpoint and "
+        f"{RESTART_SECONDS:.0f} s for a restart, (MegaScale: detection in less than 10 minutes), at the best "
+        "interval",
         tuple(rows),
     )
 
