@@ -9,9 +9,9 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import Annotated, Generic, Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from harness._resources import specs_dir
 from harness.spec.architecture import Count, Model, Positive
@@ -61,9 +61,21 @@ class Hardware(Model):
     """Inside an island (NVLink, ICI)."""
     network_link: Link
     """Between islands, per device (its share of the NICs)."""
+    cluster: Count | None = None
+    """Devices that the network joins at its full rate; None: all there are."""
+    cluster_link: Link | None = None
+    """Between such clusters, per device, where it is slower; given if `cluster` is."""
     in_network: bool = False
     """Whether switches of the island reduce (NVLink SHARP)."""
     gpu_hour_usd: Sourced[Number]
+
+    @model_validator(mode="after")
+    def _clusters_are_joined(self) -> Self:
+        if (self.cluster is None) != (self.cluster_link is None):
+            raise ValueError("cluster and cluster_link belong together: give both, or neither")
+        if self.cluster is not None and self.cluster % self.island:
+            raise ValueError(f"a cluster of {self.cluster} devices is not made of islands of {self.island}")
+        return self
 
     def peak_flops(self, multiplied: Format) -> float:
         """Dense FLOP/s in a format. Raises SpecError naming the formats that there are."""
@@ -126,6 +138,7 @@ def _sentences(path: Path, lines: Mapping[KeyPath, int], name: str, error: Valid
 
 
 def _cited(one: Hardware) -> list[tuple[tuple[str, ...], str]]:
-    links = [(("island_link",), one.island_link.source), (("network_link",), one.network_link.source)]
+    names = ("island_link", "network_link", "cluster_link")
+    links = [((name,), link.source) for name in names if (link := getattr(one, name)) is not None]
     figures = [((name,), getattr(one, name).source) for name in ("memory", "bandwidth", "gpu_hour_usd")]
     return links + figures + [(("peak", name), peak.source) for name, peak in one.peak.items()]

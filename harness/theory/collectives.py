@@ -21,6 +21,7 @@ Numbers may be arrays that broadcast.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -36,11 +37,11 @@ class Joins(Protocol):
     """What a link is to a collective: `harness.spec.hardware.Link`, or a `Wire`."""
 
     @property
-    def bandwidth(self) -> float:
+    def bandwidth(self) -> Any:
         """Bytes/s of one rank in one direction."""
 
     @property
-    def latency(self) -> float:
+    def latency(self) -> Any:
         """Seconds before the first byte."""
 
 
@@ -48,16 +49,22 @@ class Joins(Protocol):
 class Wire:
     """A link of one's own figures."""
 
-    bandwidth: float
-    latency: float
+    bandwidth: Any
+    latency: Any
+
+
+Time = Callable[[Collective, Any], Any]
+"""Seconds of a collective of so many bytes."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that communicate with each other, and how many of them an island joins."""
+    """Ranks that communicate with each other, and how many of them an island joins, and a cluster."""
 
     ranks: Any
     local: Any
+    clustered: Any = None
+    """None: all of them."""
 
     @property
     def islands(self) -> Any:
@@ -65,10 +72,13 @@ class Group:
         return -(-self.ranks // self.local)
 
 
-def place(ranks: Any, stride: Any, island: Any) -> Group:
-    """The group of every `stride`-th device, on islands of `island` devices that are filled in order."""
-    inside = np.maximum(island // np.asarray(stride), 1)
-    return Group(ranks, np.minimum(ranks, inside))
+def place(ranks: Any, stride: Any, hardware: Hardware) -> Group:
+    """The group of every `stride`-th device, on islands and clusters of devices that are filled in order."""
+    inside = [
+        None if size is None else np.minimum(ranks, np.maximum(size // np.asarray(stride), 1))
+        for size in (hardware.island, hardware.cluster)
+    ]
+    return Group(ranks, *inside)
 
 
 def sent_bytes(kind: Collective, ranks: Any, payload: Any) -> Any:
@@ -122,37 +132,68 @@ def fastest(kind: Collective, ranks: Any, payload: Any, link: Joins, in_network:
 def on_islands(kind: Collective, group: Group, payload: Any, hardware: Hardware, share: float = 1.0) -> Any:
     """Time of one collective of a group on this hardware, each link at `share` of its bytes/s.
 
-    Inside one island by the fastest algorithm. Over several, each rank takes 1/local of the payload to its
-    peers on the other islands over its own network link: an all-reduce is a reduce-scatter inside, an
-    all-reduce of the parts between, an all-gather inside (as BlueConnect, Cho et al. 2019). An all-to-all
-    goes straight, both kinds of link busy at once, or first between and then inside, whichever is faster.
-    Point to point between islands takes the network.
+    Inside one island by the fastest algorithm, over several as `_two_tiers` says. Where slower links join
+    clusters of islands, the islands of one cluster are to the clusters what devices are to islands.
     """
-    inside = Wire(hardware.island_link.bandwidth * share, hardware.island_link.latency)
-    between = Wire(hardware.network_link.bandwidth * share, hardware.network_link.latency)
-    local, islands, reduces = group.local, group.islands, hardware.in_network
-    one = np.asarray(islands) <= 1
-    if kind == "point-to-point":
-        near, far = seconds(kind, group.ranks, payload, inside), seconds(kind, group.ranks, payload, between)
-        return np.where(one, near, far)[()]
-    near = fastest(kind, local, payload, inside, reduces)
-    if np.all(one):
-        return near
-    if kind == "all-to-all":
-        part = payload / group.ranks
-        straight = np.maximum(
-            fastest(kind, local, part * local, inside),
-            (group.ranks - local) * (between.latency + part / between.bandwidth),
+    inside, between = (
+        Wire(link.bandwidth * share, link.latency) for link in (hardware.island_link, hardware.network_link)
+    )
+    islands, slowest = group.islands, between
+
+    def near(kind: Collective, payload: Any) -> Any:
+        return fastest(kind, group.local, payload, inside, hardware.in_network)
+
+    def far(kind: Collective, payload: Any) -> Any:
+        return fastest(kind, islands, payload, between)
+
+    if hardware.cluster_link is not None and group.clustered is not None:
+        slow = Wire(hardware.cluster_link.bandwidth * share, hardware.cluster_link.latency)
+        each = np.maximum(group.clustered // group.local, 1)
+        beyond = islands > each
+        slowest = Wire(
+            np.where(beyond, slow.bandwidth, between.bandwidth),
+            np.where(beyond, slow.latency, between.latency),
         )
-        far = np.minimum(straight, fastest(kind, islands, payload, between) + near)
+
+        def far(kind: Collective, payload: Any) -> Any:
+            return _two_tiers(
+                kind,
+                payload,
+                islands,
+                each,
+                lambda kind, payload: fastest(kind, each, payload, between),
+                lambda kind, payload: fastest(kind, -(-islands // each), payload, slow),
+                slow,
+            )
+
+    return _two_tiers(kind, payload, group.ranks, group.local, near, far, slowest)
+
+
+def _two_tiers(
+    kind: Collective, payload: Any, ranks: Any, inner: Any, near: Time, far: Time, wire: Joins
+) -> Any:
+    """Time over ranks of which a fast tier joins `inner` at a time: `near` is its time, `far` that between
+    its parts, over `wire`.
+
+    Each rank takes 1/inner of the payload to its peers in the other parts: an all-reduce is a reduce-scatter
+    inside, an all-reduce of the pieces between, an all-gather inside (as BlueConnect, Cho et al. 2019). An
+    all-to-all goes straight, both kinds of link busy at once, or first between and then inside, whichever is
+    faster. Point to point between parts takes their link.
+    """
+    one, inside = np.asarray(ranks) <= inner, near(kind, payload)
+    if np.all(one):
+        return inside
+    if kind == "point-to-point":
+        beyond = far(kind, payload)
+    elif kind == "all-to-all":
+        part = payload / ranks
+        straight = (ranks - inner) * (wire.latency + part / wire.bandwidth)
+        beyond = np.minimum(np.maximum(near(kind, part * inner), straight), far(kind, payload) + inside)
+    elif kind == "all-reduce":
+        beyond = near("reduce-scatter", payload) + far(kind, payload / inner) + near("all-gather", payload)
     else:
-        far = fastest(kind, islands, payload / local, between)
-        if kind == "all-reduce":
-            far = far + fastest("reduce-scatter", local, payload, inside, reduces)
-            far = far + fastest("all-gather", local, payload, inside, reduces)
-        else:
-            far = far + near
-    return np.where(one, near, far)[()]
+        beyond = far(kind, payload / inner) + inside
+    return np.asarray(np.where(one, inside, beyond))[()]
 
 
 def between_share(group: Group) -> Any:

@@ -57,19 +57,19 @@ def total_seconds(traffic: tuple[Traffic, ...], hardware: Hardware, share: float
 
 
 def _tensor(layout: Layout, hardware: Hardware) -> Group:
-    return place(layout.tensor_parallel, 1, hardware.island)
+    return place(layout.tensor_parallel, 1, hardware)
 
 
 def _expert_width(layout: Layout, hardware: Hardware) -> Group:
-    return place(layout.expert_width_ways, 1, hardware.island)
+    return place(layout.expert_width_ways, 1, hardware)
 
 
 def experts_group(layout: Layout, hardware: Hardware) -> Group:
     """The ranks over which a layer's experts lie: tensor ranks first, then those of other data ranks."""
     ways, width, tensor = layout.expert_parallel, layout.expert_width_ways, layout.tensor_parallel
     near = np.minimum(ways, np.maximum(tensor // width, 1))
-    inner = place(near, width, hardware.island)
-    outer = place(-(-ways // near), tensor * layout.context_parallel, hardware.island)
+    inner = place(near, width, hardware)
+    outer = place(-(-ways // near), tensor * layout.context_parallel, hardware)
     return Group(ways, np.where(inner.local == near, near * outer.local, inner.local)[()])
 
 
@@ -127,7 +127,7 @@ def tensor_traffic(
                 found += (Traffic("all-reduce", whole * (np.asarray(w) > 1), weights, wide),)
     found = pairs(blocks) + found
     if direction == "backward" and not sequence and architecture.attention.mla is None:
-        copies = place(np.maximum(t // architecture.attention.n_kv_heads, 1), 1, hardware.island)
+        copies = place(np.maximum(t // architecture.attention.n_kv_heads, 1), 1, hardware)
         found += (Traffic("all-reduce", 2, tokens * architecture.attention.head_dim * element, copies),)
     return found
 
@@ -210,7 +210,7 @@ def context_traffic(
     attention = architecture.attention
     ways = 1 if attention.mla is not None else np.minimum(attention.n_kv_heads, layout.tensor_parallel)
     payload = tokens * layout.context_parallel * cached_width(architecture) / ways * element
-    group = place(layout.context_parallel, layout.tensor_parallel, hardware.island)
+    group = place(layout.context_parallel, layout.tensor_parallel, hardware)
     gather = Traffic("all-gather", 1, payload, group)
     if direction == "forward":
         return (gather,)
@@ -227,7 +227,7 @@ def pipeline_traffic(
     islands sets the pace.
     """
     t, p = layout.tensor_parallel, layout.pipeline_parallel
-    group = place(p, t * layout.context_parallel * layout.data_parallel, hardware.island)
+    group = place(p, t * layout.context_parallel * layout.data_parallel, hardware)
     payload = tokens * architecture.d_model * element
     found = (Traffic("point-to-point", layout.virtual_stages, payload / t, group),)
     if layout.sequence_parallel:
@@ -275,11 +275,11 @@ def data_traffic(
             continue
         inner = shards(layout, copies)
         outer = np.maximum(copies // inner, 1)
-        near = place(inner * c, stride, hardware.island)
-        far = place(outer, stride * inner * c, hardware.island)
+        near = place(inner * c, stride, hardware)
+        far = place(outer, stride * inner * c, hardware)
         weights, gradients = count * weight_bytes, count * gradient_bytes
         if layout.zero_stage == 0:
-            everywhere = place(np.maximum(copies, 1) * c, stride, hardware.island)
+            everywhere = place(np.maximum(copies, 1) * c, stride, hardware)
             found += (Traffic("all-reduce", 1, gradients, everywhere),)
             continue
         scatters: Any = microbatches if layout.zero_stage > 1 else 1
@@ -315,7 +315,7 @@ def replica_traffic(
     found = (Traffic("all-reduce", 1, layers * copied * gradient_bytes, _tensor(layout, hardware)),)
     if attention.mla is not None:
         return found
-    ranks = place(np.maximum(t // attention.n_kv_heads, 1), 1, hardware.island)
+    ranks = place(np.maximum(t // attention.n_kv_heads, 1), 1, hardware)
     heads = np.maximum(attention.n_kv_heads // np.minimum(t, attention.n_kv_heads), 1)
     one = 2 * d * attention.head_dim * heads * gradient_bytes
     return (*found, Traffic("all-reduce", 1, layers * one, ranks))

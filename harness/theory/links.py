@@ -119,7 +119,7 @@ def _all_reduces(hardware: Hardware, ways: Any, efficiency: Efficiency) -> list[
     Beyond an island: reduce-scatter inside, all-reduce between, all-gather inside. And in one shot, for small
     buffers inside of one: each rank reads those of all others at once, a + (t - 1) S/B.
     """
-    group = place(ways, 1, hardware.island)
+    group = place(ways, 1, hardware)
     inside, between = (
         Wire(link.bandwidth * efficiency.network, link.latency * efficiency.latency)
         for link in (hardware.island_link, hardware.network_link)

@@ -11,7 +11,6 @@ from harness.theory.activations import kept, stage_activations
 from harness.theory.layout import Layout
 from harness.theory.sharding import rank_parameters, split
 from harness.theory.states import States, training_memory
-from harness.theory.steps import WAYS
 from harness.validation.shapes import leaked
 from harness.validation.worked import Worked
 
@@ -178,8 +177,9 @@ def _memory() -> Iterator[Worked]:
     whole = replace(RUN, recompute="selective", expert_parallel=8)
     moe = kept(model, whole, CONTEXT, dropout=True).moe_layer
     held, _ = stage_activations(model, whole, context=CONTEXT, microbatches=35, dropout=True)
-    how = f"34 s b h / t is {layer / 1e9:.3f} GB for a layer with one feed-forward network: {layer * 120 / 1e9:.0f} GB of 8 "
-    how += f"layers and 15 microbatches; with two experts a token, and its copies for each, it is {moe / 1e9:.3f} GB"
+    how = f"34 s b h / t is {layer / 1e9:.3f} GB for a layer with one feed-forward network: "
+    how += f"{layer * 8 * 15 / 1e9:.0f} GB of 8 layers and 15 microbatches; with two experts a token, and a "
+    how += f"copy of it for each, a layer keeps {moe / 1e9:.3f} GB"
     yield Worked("activations, selective recomputation, first stage", "45", held / 1e9, "GB", how)
     for sequence, gigabytes in ((True, "2.6"), (False, "21")):
         full = replace(RUN, recompute="full", sequence_parallel=sequence)
@@ -246,10 +246,11 @@ def _network() -> Iterator[Worked]:
     )
     yield Worked("their share of the step", "6.5", 100 * seconds / step, "%", f"{seconds:.3f} / {step:.1f} s")
     whole = replace(RUN, sequence_parallel=False, expert_tensor_parallel=8)
+    ways: tuple[communication.Direction, ...] = ("forward", "backward")
     payload = CONTEXT * model.d_model * 2
     reductions = [
         one
-        for way in WAYS
+        for way in ways
         for one in communication.tensor_traffic(model, whole, hardware, CONTEXT, way, routed=True)
         if one.payload == payload
     ]
@@ -259,7 +260,9 @@ def _network() -> Iterator[Worked]:
     tensor = 8 * 35 * each
     sent_bytes = sum(float(one.sent) for one in reductions)
     bare = 8 * 35 * sent_bytes / hardware.island_link.bandwidth
-    how = f"8 layers x 35 x {calls:.0f} all-reduces of a layer: {bare:.3f} s of bytes, the rest latency, which the hand "
-    how += "leaves out"
+    how = (
+        f"8 layers x 35 x {calls:.0f} all-reduces of a layer: {bare:.3f} s of bytes, the rest latency, which "
+    )
+    how += "the hand leaves out"
     yield Worked("tensor parallelism in a step", "1.15", tensor, "s", how)
     yield Worked("its share of the step", "3", 100 * tensor / step, "%", f"{tensor:.3f} / {step:.1f} s")

@@ -6,8 +6,8 @@ are the axes of a torus of 4 x 4 x 4, each with a third of a chip's links.
 
   2D weight-stationary  each layer gathers and scatters inner activations over X, and the residual stream over
                         Y Z: T (3 F + 2 (H + 1) h) X / n and 2 T D / X elements with three matrices and a
-                        parallel block (section 3.2.2 has 2 T (D / X + F / (Y Z)) for two matrices, at its least
-                        8 T D / sqrt(n) where F = 4 D)
+                        parallel block (section 3.2.2 has 2 T (D / X + F / (Y Z)) for two matrices, at its
+                        least 8 T D / sqrt(n) where F = 4 D)
   weight-gathered       each chip gathers the weights of every layer: P elements (section 3.2.3, over all n)
 
 Heads are padded from 48 to 64 to divide over 64 chips (section 4), which costs FLOPs and bytes but no MFU.
@@ -49,8 +49,8 @@ def padded() -> Architecture:
 
 
 def stationary_elements(architecture: Architecture, tokens: float, split: int) -> tuple[float, float]:
-    """What a chip sends in a layer under 2D weight-stationary partitioning, d_model divided over `split`: inner
-    activations over those axes, the residual stream over the others."""
+    """Elements that a chip sends in a layer under 2D weight-stationary partitioning, d_model divided over
+    `split`: inner activations over those axes, the residual stream over the others."""
     attention, ffn = architecture.attention, architecture.ffn
     assert ffn is not None
     heads = attention.n_heads * attention.head_dim
@@ -100,7 +100,7 @@ class Parts:
 def one_pass(
     batch: int, tokens: int, cached: float, weights: str, gathered: bool, compute: float, layer: float
 ) -> Parts:
-    """A pass of `tokens` new tokens in each sequence, at a share of the peak and with a time for each layer."""
+    """A pass of `tokens` new tokens in each sequence, at a share of the peak and a time for each layer."""
     palm, chip = padded(), load_hardware("tpu-v4")
     work = flops.forward_total(palm, batch, tokens, cached=int(cached), attention="causal", logits="last")
     stored = stored_bytes(PRECISIONS[weights].matrices)

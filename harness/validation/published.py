@@ -13,7 +13,7 @@ A100_PEAK, TPU_V3_PEAK, V100_PEAK = 312e12, 123e12, 125e12
 
 @dataclass(frozen=True)
 class Megatron:
-    """A row of table 1 of Narayanan et al. 2021 (SC'21), arXiv 2104.04473: A100 of 80 GB, sequences of 2,048."""
+    """A row of table 1 of Narayanan et al. 2021 (SC'21), arXiv 2104.04473: A100, sequences of 2,048."""
 
     billions: float
     heads: int
@@ -122,8 +122,8 @@ DEEPSEEK_TOKENS, DEEPSEEK_GPUS, DEEPSEEK_HOURS = 14.8e12, 2048, 2664e3
 DEEPSEEK_LATER_HOURS, DEEPSEEK_COST = 119e3 + 5e3, 5.576e6
 DEEPSEEK_BATCH, DEEPSEEK_CONTEXT = 15_360, 4096
 DEEPSEEK_CACHE = 70e3
-"""Bytes a token. DeepSeek-V3, arXiv 2412.19437, table 1 and sections 3.2 and 4.2; the cache: arXiv 2505.09343,
-table 1."""
+"""Bytes a token. DeepSeek-V3, arXiv 2412.19437, table 1 and sections 3.2 and 4.2; the cache: arXiv
+2505.09343, table 1."""
 DEEPSEEK_GFLOP = 250
 """Per token and three passes, at 2,048 tokens and full attention."""
 DEEPSEEK_MFU, DEEPSEEK_MFU_HOURS, DEEPSEEK_MFU_PEAK = 21.7, 2.79e6, 1513e12
@@ -133,7 +133,7 @@ DEEPSEEK_MFU, DEEPSEEK_MFU_HOURS, DEEPSEEK_MFU_PEAK = 21.7, 2.79e6, 1513e12
 
 @dataclass(frozen=True)
 class GptOss:
-    """A column of table 1 of gpt-oss (OpenAI 2025, model card), in 1e9 parameters, and GiB of the checkpoint."""
+    """A column of table 1 of gpt-oss (OpenAI 2025, model card), in 1e9 parameters; GiB of the checkpoint."""
 
     spec: str
     mlp: float
@@ -148,7 +148,15 @@ GPT_OSS = (
     GptOss("gpt-oss-120b", 114.71, 0.96, 1.16, 5.13, 116.83, 60.8),
     GptOss("gpt-oss-20b", 19.12, 0.64, 1.16, 3.61, 20.91, 12.8),
 )
-GSHARD = ((2048, 36, 600), (2048, 12, 200), (512, 36, 150), (512, 12, 50), (128, 36, 37), (128, 12, 12.5))
+GSHARD = (
+    (2048, 60, 1000),
+    (2048, 36, 600),
+    (2048, 12, 200),
+    (512, 36, 150),
+    (512, 12, 50),
+    (128, 36, 37),
+    (128, 12, 12.5),
+)
 """Experts, layers, 1e9 parameters: Lepikhin et al. 2020, arXiv 2006.16668, table 1."""
 
 FORWARD_GFLOP = {
@@ -225,8 +233,8 @@ POPE = (
 )
 POPE_STEPS = 64
 POPE_TOKEN, POPE_CHAT, POPE_OFFLINE = 29e-3, 1.9, 73
-"""Seconds of a token with int8 weights; of 64 tokens after 64 new and 1,920 cached ones; MFU per cent offline.
-The same, abstract and section 1."""
+"""Seconds of a token with int8 weights; of 64 tokens after 64 new and 1,920 cached ones; MFU per cent
+offline. The same, abstract and section 1."""
 POPE_CACHE, POPE_CACHE_BATCH = 3e12, 512
 """Bytes of keys and values of a multi-head model of 500e9 parameters and more, 2,048 tokens (the same)."""
 
@@ -238,8 +246,8 @@ MEGASCALE_EFFECTIVE, MEGASCALE_GPUS, MEGASCALE_MFU = 90, 12_288, 55.2
 
 @dataclass(frozen=True)
 class MegaScale:
-    """A row of its table 2: seconds of an iteration of a GPT of 175e9 parameters on A100, 8 x 8 GPUs a replica,
-    six chunks on a stage, sequences of 2,048, a vocabulary of 64,000 (section 6.1)."""
+    """A row of its table 2: seconds of an iteration of a GPT of 175e9 parameters on A100, 8 x 8 GPUs a
+    replica, six chunks on a stage, sequences of 2,048, a vocabulary of 64,000 (section 6.1)."""
 
     gpus: int
     batch: int

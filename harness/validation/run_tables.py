@@ -130,9 +130,11 @@ def deepseek() -> Section:
     own = fitted(
         lambda _, compute: hours(deepseek_step(compute)), [published.DEEPSEEK_HOURS], [0], (0.05, 1.5)
     )
-    why = f"{exposed / 1e3:,.0f}e3 h if no all-to-all were hidden, {half / 1e3:,.0f}e3 h at the rate of bfloat16, which "
-    why += f"attention keeps; the printed hours are a share of {own:.2f} of the FP8 peak, with all hidden: scaling in "
-    why += "small blocks, grouped experts and SMs given to communication are not in the model"
+    why = f"{exposed / 1e3:,.0f}e3 h if no all-to-all were hidden, {half / 1e3:,.0f}e3 h at the rate of bfloat16, "
+    why += (
+        f"which attention keeps; with all hidden the printed hours are a share of {own:.2f} of the FP8 peak: "
+    )
+    why += "scaling in small blocks, grouped experts and SMs given to communication are not in the model"
     later = published.DEEPSEEK_LATER_HOURS
     per_token = training.flops_per_token(architecture, CONTEXT, "forward-x3")
     active = parameters.active(architecture, "no-input-embedding")
@@ -201,7 +203,7 @@ def failing() -> Section:
         "Llama 3, arXiv 2407.21783, section 3.3.4 and table 5; MegaScale, arXiv 2402.15627, section 6.3",
         f"failures: 419 in 54 days of 16,384 GPUs for both; assumed {CHECKPOINT_SECONDS:.0f} s for a "
         "checkpoint and "
-        f"{RESTART_SECONDS:.0f} s for a restart, (MegaScale: detection in less than 10 minutes), at the best "
+        f"{RESTART_SECONDS:.0f} s for a restart (MegaScale: detection in less than 10 minutes), at the best "
         "interval",
         tuple(rows),
     )

@@ -7,13 +7,11 @@ rule reproduces them tells what they charge. Measured kernels are predicted with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 from math import exp, log
 
 from harness.spec import load
-from harness.spec.architecture import Architecture
 from harness.spec.hardware import load_hardware
 from harness.theory.describe import Table
 from harness.theory.efficiency import IDEAL, Efficiency
@@ -36,24 +34,15 @@ GENZ_LINKS = 1.8
 """Milliseconds of communication that GenZ adds to a step, as it reports them."""
 BANDWIDTH_ALONE = Efficiency(latency=0.0)
 """Links without latency."""
-Distinct = Callable[[Architecture, float], float]
-"""Experts of a layer that a decode step of so many tokens reads, by a rule; below 0: as many as it touches."""
-
-
 SILICON = "aiconfigurator SILICON"
 
 
-def _experts(architecture: Architecture) -> tuple[int, int]:
-    assert architecture.moe is not None
-    return architecture.moe.n_experts, architecture.moe.top_k
-
-
-RULES: Mapping[str, Distinct] = {
-    "experts that the batch touches": lambda _, batch: -1,
-    "k experts, whatever the batch": lambda architecture, batch: _experts(architecture)[1],
-    "all experts, whatever the batch": lambda architecture, batch: _experts(architecture)[0],
-}
-TOUCHED, CHOSEN, ALL = RULES
+TOUCHED, CHOSEN, ALL = RULES = (
+    "experts that the batch touches",
+    "k experts, whatever the batch",
+    "all experts, whatever the batch",
+)
+"""Which experts of a layer a decode step reads."""
 
 
 @cache
@@ -73,8 +62,10 @@ def mixtral_seconds(batch: int, rule: str, efficiency: Efficiency = IDEAL, *, li
     priced = mixtral(efficiency)
     step = decode(priced.architecture, batch, MIDDLE)
     computing, reading = priced.classes(step)[1]
-    distinct = RULES[rule](priced.architecture, batch)
-    ruled = reading if distinct < 0 else distinct * priced.expert_read
+    moe = priced.architecture.moe
+    assert moe is not None
+    whatever = {CHOSEN: moe.top_k, ALL: moe.n_experts}
+    ruled = whatever[rule] * priced.expert_read if rule in whatever else reading
     seconds = priced.of(step) - max(computing, reading) + max(computing, ruled)
     return float(seconds if links else seconds - priced.links.seconds(step.tokens, min))
 
@@ -193,8 +184,8 @@ def llama_70b() -> Section:
         "llm-analysis": ideal,
     }
     whys = {
-        SILICON: f"constants of later GPUs: alone this figure is one of memory at {alone:.2f} of the data sheet, and "
-        f"theirs is {measured(ENGINE).memory:.2f}",
+        SILICON: f"constants of later GPUs: alone this figure is one of memory at {alone:.2f} of the data sheet, "
+        f"and theirs is {measured(ENGINE).memory:.2f}",
         "GenZ": "how GenZ charges links is not documented",
     }
     rows = []

@@ -44,8 +44,8 @@ def gshard(experts: int, layers: int) -> Architecture:
 
 
 def leaked(heads: int = 96, kv_heads: int | None = None) -> Architecture:
-    """GPT-4's shape as the leak's expert and attention sizes agree on it: d_model 10752, d_ff four times that,
-    two matrices, 16 experts of which 2, 120 layers; multi-head, unless `kv_heads` says less."""
+    """GPT-4's shape as the leak's expert and attention sizes agree on it: d_model 10752, d_ff four times
+    that, two matrices, 16 experts of which 2, 120 layers; multi-head, unless `kv_heads` says less."""
     width = 10_752
     return Architecture(
         d_model=width,

@@ -138,8 +138,11 @@ def mt_nlg() -> Section:
         )
         work = training.work_per_token(model, CONTEXT, recompute="full").hardware
         reached = work * published.MT_NLG_BATCH * CONTEXT / (seconds * gpus * 1e12)
-        why = f"the same model, program and GPUs reach {largest.teraflops} TFLOP/s in table 1 of Megatron-LM, a "
-        why += f"benchmark, and {reached:.0f} in this run: what the run lost, the shape does not tell; {told(step)}"
+        why = (
+            f"the same model, program and GPUs reach {largest.teraflops} TFLOP/s in table 1 of Megatron-LM, "
+        )
+        why += f"a benchmark, and {reached:.0f} in this run: what the run lost, the shape does not tell; "
+        why += told(step)
         rows.append(Row(f"530e9 on {gpus:,}: iteration", seconds, float(step.seconds), "s", why))
     return Section(
         "Megatron-Turing NLG 530B: iterations of 1,920 sequences",
@@ -205,8 +208,8 @@ def korthikanti() -> Section:
         full, selective = (float(korthikanti_step(row, way, a100_compute()).seconds) for way in WAYS)
         share = 1 - one.selective / one.full
         lacking = (full - selective) / share - full
-        why = f"{lacking:.2g} s more in both, {100 * lacking / full:.0f} % of the longer, would give what is printed: "
-        why += "time that neither repeats, as launches, losses, data and what a step does once, and the model lacks"
+        why = f"{lacking:.2g} s more in both, {100 * lacking / full:.0f} % of the longer, would give what is "
+        why += "printed: time that neither repeats, as launches, the loss and data, and that the model lacks"
         rows.append(Row(f"{one.name}: time saved", 100 * share, 100 * (1 - selective / full), "%", why))
     return Section(
         "Korthikanti et al. 2022: iterations with full and with selective recomputation",
@@ -324,8 +327,11 @@ def megascale() -> Section:
         shown.append(f"{name} {found.parameters[0]:.3f} and {found.parameters[1]:.3f}")
         for row, one in enumerate(published.MEGASCALE):
             own, most = (fitted(seconds, times, [place], COMPUTE) for place in (row, len(times) - 1))
-            why = f"alone it would take a share of {own:.3f} of the peak, and the largest run {most:.3f}: what grows with "
-            why += f"GPUs, as waiting for the slowest, is not in the model; {told(step(row, found.parameters[row]))}"
+            why = (
+                f"alone it would take a share of {own:.3f} of the peak, and the largest run {most:.3f}: what "
+            )
+            why += "grows with GPUs, as waiting for the slowest, is not in the model; "
+            why += told(step(row, found.parameters[row]))
             rows.append(Row(f"{name} on {one.gpus:,}", times[row], found.predicted[row], "s", why))
     return Section(
         "MegaScale, table 2: 175e9 parameters on up to 12,288 A100",

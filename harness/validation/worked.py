@@ -8,8 +8,8 @@ from typing import Literal
 from harness.spec.printed import interval
 
 NEAR = 0.005
-"""Of the figure. The hand starts from the leak's own rounded figures (111e9, 55e9, 280e9), theory where it can
-from the shape that they agree on: they leave half a per cent open."""
+"""Of the figure. The hand starts from the leak's own rounded figures (111e9, 55e9, 280e9), theory where it
+can from the shape that they agree on: they leave half a per cent open."""
 Verdict = Literal["reproduced", "refuted"]
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from harness.spec import load
 from harness.spec.architecture import Architecture
-from harness.spec.hardware import Hardware, load_hardware
+from harness.spec.hardware import Hardware, Link, load_hardware
 from harness.theory import collectives, communication, sharding
 from harness.theory.collectives import Algorithm, Collective, Group, Wire, place
 from harness.theory.layout import Layout
@@ -132,19 +132,17 @@ def test_times_have_the_units_of_time(
 def test_groups_over_islands_take_longer_and_arrays_agree(kind: Collective, name: str) -> None:
     """Inside an island: the link's own time. Over several: never faster, and growing with the islands."""
     hardware, payload = load_hardware(name), 1e8
-    inside = collectives.on_islands(kind, place(8, 1, hardware.island), payload, hardware)
+    inside = collectives.on_islands(kind, place(8, 1, hardware), payload, hardware)
     add = hardware.in_network
     assert inside == collectives.fastest(kind, 8, payload, hardware.island_link, add)
     ranks, strides = np.array([8, 16, 64, 512]), np.array([1, 2, 8, 72])
-    groups = [place(int(n), int(s), hardware.island) for n in ranks for s in strides]
+    groups = [place(int(n), int(s), hardware) for n in ranks for s in strides]
     times = [collectives.on_islands(kind, group, payload, hardware) for group in groups]
-    table = collectives.on_islands(
-        kind, place(ranks[:, None], strides[None, :], hardware.island), payload, hardware
-    )
+    table = collectives.on_islands(kind, place(ranks[:, None], strides[None, :], hardware), payload, hardware)
     assert table.ravel().tolist() == times
     assert np.all(np.diff(table, axis=0) >= 0)
     assert np.all(np.diff(table, axis=1) >= 0)
-    assert collectives.on_islands(kind, place(1, 1, 8), payload, hardware) == 0.0
+    assert collectives.on_islands(kind, place(1, 1, hardware), payload, hardware) == 0.0
 
 
 @given(st.integers(1, 64), st.integers(1, 16))
@@ -162,7 +160,7 @@ def test_hierarchical_gathers_send_each_byte_once(local: int, islands: int) -> N
 def test_groups_lie_where_counting_finds_them(island: int, stride: int, ranks: int) -> None:
     """Ranks by islands, counted one by one, are those of the closed form; so is the share that leaves."""
     on = [rank * stride // island for rank in range(ranks)]
-    group = place(ranks, stride, island)
+    group = place(ranks, stride, load_hardware("h100").model_copy(update={"island": island}))
     assert group == Group(ranks, on.count(0))
     assert group.islands == len(set(on))
     leaving = sum(a != b for a, b in itertools.product(on, on)) / ranks**2
@@ -344,3 +342,33 @@ def test_the_leaked_layout_sends_what_was_worked_out(a100: Hardware, leak: Archi
     seconds = 8 * 35 * communication.total_seconds(tuple(blocks), a100)
     # Printed as 1.15; the latencies of 14 messages in each of 1,120 all-reduces are 0.16 s more.
     assert seconds - 8 * 35 * 4 * 14 * 1e-5 == pytest.approx(1.15, rel=5e-3)
+
+
+def test_slower_links_between_clusters_cost_what_two_tiers_of_islands_do() -> None:
+    """A cluster is to clusters what an island is to islands; links as fast as the network change nothing."""
+    flat = load_hardware("a100-80gb")
+    one = Link(bandwidth=flat.network_link.bandwidth, latency=flat.network_link.latency, source="none")
+    slow = Link(bandwidth=one.bandwidth / 4, latency=one.latency, source="none")
+    ranks, payload = 512, 1e9  # of which the latency of no ring is a part that shows
+    group = place(ranks, 1, flat.model_copy(update={"cluster": 128, "cluster_link": slow}))
+    assert (group.local, group.clustered, group.islands) == (8, 128, 64)
+    for kind in ("all-reduce", "all-gather", "all-to-all"):
+        joined = {
+            name: collectives.on_islands(
+                kind, group, payload, flat.model_copy(update={"cluster": 128, "cluster_link": link})
+            )
+            for name, link in (("alike", one), ("slow", slow))
+        }
+        whole = collectives.on_islands(kind, place(ranks, 1, flat), payload, flat)
+        # 10 %: tiers pass their latencies and their last pieces one after the other
+        assert joined["alike"] == pytest.approx(whole, rel=0.1), kind
+        # what leaves a cluster, four times as slow: 1/128 of the payload, or 3/4 of all messages
+        least = 2 if kind == "all-to-all" else 1
+        assert joined["slow"] > least * joined["alike"], kind
+        inside = collectives.on_islands(
+            kind,
+            place(128, 1, flat),
+            payload,
+            flat.model_copy(update={"cluster": 128, "cluster_link": slow}),
+        )
+        assert inside == pytest.approx(collectives.on_islands(kind, place(128, 1, flat), payload, flat))

@@ -251,7 +251,7 @@ def test_all_reduces_take_their_fastest_algorithm(hardware: str, ways: int) -> N
     machine, layers = one.hardware, one.architecture.n_layers
     large = 10**6
     payload = large * one.architecture.d_model * 2
-    each = on_islands("all-reduce", place(ways, 1, machine.island), payload, machine)
+    each = on_islands("all-reduce", place(ways, 1, machine), payload, machine)
     assert one.links.seconds(large, min) == pytest.approx(2 * layers * each, rel=1e-6)  # slope from 1e9 bytes
     if ways <= machine.island:
         nothing = one.links.seconds(0, min)
