@@ -130,10 +130,8 @@ def deepseek() -> Section:
     own = fitted(
         lambda _, compute: hours(deepseek_step(compute)), [published.DEEPSEEK_HOURS], [0], (0.05, 1.5)
     )
-    why = f"{exposed / 1e3:,.0f}e3 h if no all-to-all were hidden, {half / 1e3:,.0f}e3 h at the rate of bfloat16, "
-    why += (
-        f"which attention keeps; with all hidden the printed hours are a share of {own:.2f} of the FP8 peak: "
-    )
+    why = f"{exposed / 1e3:,.0f}e3 h if no all-to-all were hidden, {half / 1e3:,.0f}e3 h at the rate "
+    why += f"of bfloat16, which attention keeps; with all hidden the printed hours are a share of {own:.2f} of the FP8 peak: "
     why += "scaling in small blocks, grouped experts and SMs given to communication are not in the model"
     later = published.DEEPSEEK_LATER_HOURS
     per_token = training.flops_per_token(architecture, CONTEXT, "forward-x3")

@@ -184,8 +184,8 @@ def llama_70b() -> Section:
         "llm-analysis": ideal,
     }
     whys = {
-        SILICON: f"constants of later GPUs: alone this figure is one of memory at {alone:.2f} of the data sheet, "
-        f"and theirs is {measured(ENGINE).memory:.2f}",
+        SILICON: f"constants of later GPUs: alone this figure is one of memory at {alone:.2f} of the "
+        f"data sheet, and theirs is {measured(ENGINE).memory:.2f}",
         "GenZ": "how GenZ charges links is not documented",
     }
     rows = []

@@ -93,7 +93,6 @@ def megatron() -> Section:
         name, teraflops = f"{one.billions:g}e9 on {one.gpus:,}", hardware_teraflops(row, seconds)
         rows += [
             Row(f"{name}: iteration", times[row], seconds, "s", why),
-            Row(f"{name}: per GPU", one.teraflops, teraflops, "TFLOP/s", why),
             Row(f"{name}: of peak", one.percent, 100e12 * teraflops / published.A100_PEAK, "%", why),
         ]
     first, second = found.parameters[0], found.parameters[1]

@@ -349,7 +349,7 @@ def test_slower_links_between_clusters_cost_what_two_tiers_of_islands_do() -> No
     flat = load_hardware("a100-80gb")
     one = Link(bandwidth=flat.network_link.bandwidth, latency=flat.network_link.latency, source="none")
     slow = Link(bandwidth=one.bandwidth / 4, latency=one.latency, source="none")
-    ranks, payload = 512, 1e9  # of which the latency of no ring is a part that shows
+    ranks, payload = 512, 1e11  # of which the latency of no ring is a part that shows
     group = place(ranks, 1, flat.model_copy(update={"cluster": 128, "cluster_link": slow}))
     assert (group.local, group.clustered, group.islands) == (8, 128, 64)
     for kind in ("all-reduce", "all-gather", "all-to-all"):
