@@ -164,21 +164,29 @@ def on_islands(kind: Collective, group: Group, payload: Any, hardware: Hardware,
                 lambda kind, payload: fastest(kind, each, payload, between),
                 lambda kind, payload: fastest(kind, -(-islands // each), payload, slow),
                 slow,
+                shared=True,
             )
 
     return _two_tiers(kind, payload, group.ranks, group.local, near, far, slowest)
 
 
 def _two_tiers(
-    kind: Collective, payload: Any, ranks: Any, inner: Any, near: Time, far: Time, wire: Joins
+    kind: Collective,
+    payload: Any,
+    ranks: Any,
+    inner: Any,
+    near: Time,
+    far: Time,
+    wire: Joins,
+    shared: bool = False,
 ) -> Any:
     """Time over ranks of which a fast tier joins `inner` at a time: `near` is its time, `far` that between
     its parts, over `wire`.
 
     Each rank takes 1/inner of the payload to its peers in the other parts: an all-reduce is a reduce-scatter
     inside, an all-reduce of the pieces between, an all-gather inside (as BlueConnect, Cho et al. 2019). An
-    all-to-all goes straight, both kinds of link busy at once, or first between and then inside, whichever is
-    faster. Point to point between parts takes their link.
+    all-to-all goes straight, both kinds of link busy at once (in turns, where one port is `shared` by both),
+    or first between and then inside, whichever is faster. Point to point between parts takes their link.
     """
     one, inside = np.asarray(ranks) <= inner, near(kind, payload)
     if np.all(one):
@@ -188,7 +196,9 @@ def _two_tiers(
     elif kind == "all-to-all":
         part = payload / ranks
         straight = (ranks - inner) * (wire.latency + part / wire.bandwidth)
-        beyond = np.minimum(np.maximum(near(kind, part * inner), straight), far(kind, payload) + inside)
+        local = near(kind, part * inner)
+        at_once = local + straight if shared else np.maximum(local, straight)
+        beyond = np.minimum(at_once, far(kind, payload) + inside)
     elif kind == "all-reduce":
         beyond = near("reduce-scatter", payload) + far(kind, payload / inner) + near("all-gather", payload)
     else:

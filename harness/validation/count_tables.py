@@ -78,8 +78,7 @@ def sparse() -> Section:
         "GShard, table 1: parameters",
         "Lepikhin et al. 2020, arXiv 2006.16668, table 1",
         "experts' matrices alone, in every other layer, width 1,024 and d_ff 8,192 (from memory of the "
-        "paper): the "
-        "table's figures are round and below; nothing fitted",
+        "paper): the table's figures are round and below; nothing fitted",
         tuple(rows),
     )
 
@@ -165,8 +164,7 @@ def korthikanti() -> Section:
     return Section(
         "Korthikanti et al. 2022, figure 1: memory of the first stage",
         "arXiv 2205.05198, figure 1 and table 3, as Calculon transcribes them",
-        "of the layers alone, as in the figure: no embedding, no head; 18 bytes a parameter (gradients in 32 "
-        "bits), "
-        "dropout; nothing fitted",
+        "of the layers alone, as in the figure: no embedding, no head; 18 bytes a parameter (gradients in "
+        "32 bits), dropout; nothing fitted",
         tuple(rows),
     )

@@ -185,13 +185,10 @@ def palm() -> Section:
         "PaLM 540B on 64 TPU v4: latency and utilisation of inference",
         "Pope et al. 2022, arXiv 2211.05102, abstract, section 1 and table 2",
         "the paper's own formulas of partitioning, nothing overlapped, 64 padded heads, weights read at "
-        "1.2e12 bytes/s. "
-        f"Fitted: of the prefills one share of the peak ({shares.parameters[0]:.2f} from the other one for "
-        "low latency, "
-        f"{shares.parameters[1]:.2f} for high throughput), of the decodes one time of a layer "
-        f"({1e6 * layers.parameters[0]:.0f} us from the other one for low latency, "
-        f"{1e6 * layers.parameters[1]:.0f} us for "
-        "high throughput); never to the row that is predicted",
+        f"1.2e12 bytes/s. Fitted: of the prefills one share of the peak ({shares.parameters[0]:.2f} from the "
+        f"other one for low latency, {shares.parameters[1]:.2f} for high throughput), of the decodes one "
+        f"time of a layer ({1e6 * layers.parameters[0]:.0f} us from the other one for low latency, "
+        f"{1e6 * layers.parameters[1]:.0f} us for high throughput); never to the row that is predicted",
         tuple(rows),
     )
 

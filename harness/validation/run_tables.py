@@ -53,8 +53,8 @@ def utilisation() -> Section:
         "PaLM, table 3: utilisation",
         "Chowdhery et al. 2022, arXiv 2204.02311, section 4.1, table 3 and appendix B",
         "the rates that the paper gives (tokens/s; steps/s of Gopher at its final batch; FLOP/s of GPT-3), "
-        "its "
-        "formula 6 N + 12 L H h S, peaks of data sheets. Nothing fitted; HFU with every layer recomputed",
+        "its formula 6 N + 12 L H h S, peaks of data sheets. Nothing fitted; HFU with every layer "
+        "recomputed",
         (
             Row("PaLM 540B, MFU", published.PALM_MFU, percent("palm"), "%"),
             Row("PaLM 540B, without attention", published.PALM_MFU_WITHOUT_ATTENTION, percent("6n"), "%"),
@@ -130,9 +130,11 @@ def deepseek() -> Section:
     own = fitted(
         lambda _, compute: hours(deepseek_step(compute)), [published.DEEPSEEK_HOURS], [0], (0.05, 1.5)
     )
-    why = f"{exposed / 1e3:,.0f}e3 h if no all-to-all were hidden, {half / 1e3:,.0f}e3 h at the rate "
-    why += f"of bfloat16, which attention keeps; with all hidden the printed hours are a share of {own:.2f} of the FP8 peak: "
-    why += "scaling in small blocks, grouped experts and SMs given to communication are not in the model"
+    why = (
+        f"{exposed / 1e3:,.0f}e3 h if no all-to-all were hidden, {half / 1e3:,.0f}e3 h at the rate of "
+        f"bfloat16, which attention keeps; with all hidden the printed hours are a share of {own:.2f} of the "
+        "FP8 peak: scaling in small blocks, grouped experts and SMs given to communication are not in the model"
+    )
     later = published.DEEPSEEK_LATER_HOURS
     per_token = training.flops_per_token(architecture, CONTEXT, "forward-x3")
     active = parameters.active(architecture, "no-input-embedding")
@@ -147,9 +149,9 @@ def deepseek() -> Section:
         "DeepSeek-V3, table 1: hours and cost on H800",
         "DeepSeek-AI 2024, arXiv 2412.19437, table 1 and section 3; Austin et al. 2025 for the MFU",
         f"nothing fitted: the share of the peak is Llama 3's, {share:.3f}, applied to FP8. 16 stages, "
-        "experts 64 ways, "
-        "ZeRO-1 and batches of 15,360 x 4,096 as printed; the schedule is ZB-V, whose bubble is nearest to "
-        "DualPipe's, with all-to-alls, hand-overs and gradients hidden, as the paper says of DualPipe",
+        "experts 64 ways, ZeRO-1 and batches of 15,360 x 4,096 as printed; the schedule is ZB-V, whose "
+        "bubble is nearest to DualPipe's, with all-to-alls, hand-overs and gradients hidden, as the paper "
+        "says of DualPipe",
         (
             Row("pre-training", published.DEEPSEEK_HOURS, predicted, "H800 h", why),
             Row(
@@ -200,9 +202,8 @@ def failing() -> Section:
         "Effective time of the largest runs",
         "Llama 3, arXiv 2407.21783, section 3.3.4 and table 5; MegaScale, arXiv 2402.15627, section 6.3",
         f"failures: 419 in 54 days of 16,384 GPUs for both; assumed {CHECKPOINT_SECONDS:.0f} s for a "
-        "checkpoint and "
-        f"{RESTART_SECONDS:.0f} s for a restart (MegaScale: detection in less than 10 minutes), at the best "
-        "interval",
+        f"checkpoint and {RESTART_SECONDS:.0f} s for a restart (MegaScale: detection in less than 10 "
+        "minutes), at the best interval",
         tuple(rows),
     )
 

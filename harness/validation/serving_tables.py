@@ -111,8 +111,7 @@ def mixtral_steps() -> Section:
                 every,
                 "ms",
                 f"it charges {one.llm_analysis - without:.2f} ms beside weights and cache, we "
-                f"{every - without:.2f} for "
-                "all-reduces: its links slow down more with the batch",
+                f"{every - without:.2f} for all-reduces: its links slow down more with the batch",
             ),
         ]
     return Section(
@@ -120,10 +119,8 @@ def mixtral_steps() -> Section:
         "aiconfigurator 0.12.0 (SILICON, SOL), GenZ, llm-flops 0.0.1, llm-analysis 0.2.2, as run; "
         "efficiencies 1",
         "measured kernels: the constants that are fitted to measured serving rows of other models "
-        "(TensorRT-LLM's). "
-        "Calculators: our roofline with the rule that each charges experts by, at data-sheet rates; nothing "
-        "fitted, but "
-        "for GenZ's own figure of its links",
+        "(TensorRT-LLM's). Calculators: our roofline with the rule that each charges experts by, at "
+        "data-sheet rates; nothing fitted, but for GenZ's own figure of its links",
         tuple(rows),
     )
 
@@ -203,10 +200,8 @@ def llama_70b() -> Section:
         "Llama 3.1 70B: prefill and decode step on 8 A100",
         "aiconfigurator 0.12.0, GenZ, llm-analysis 0.2.2, LLM-Viewer, as run; one sequence of 2,048 tokens",
         f"SILICON: prefill by the share of the peak of Megatron-LM's table 1, {a100_compute():.3f}; decode "
-        "by the "
-        "constants of measured serving rows, none of them of an A100. SOL: links without latency; the "
-        "others: data-sheet "
-        "rates",
+        "by the constants of measured serving rows, none of them of an A100. SOL: links without latency; "
+        "the others: data-sheet rates",
         tuple(rows),
     )
 
@@ -234,8 +229,7 @@ def deepseek() -> Section:
         "DeepSeek-V3 served on 8 H200",
         "aiconfigurator 0.12.0, SILICON, as run",
         "FP8 weights, experts 8 ways, 32 sequences of 2,048 + 256 tokens; the constants of measured serving "
-        "rows, some of "
-        "which are DeepSeek-V3's; nothing fitted to these three",
+        "rows, some of which are DeepSeek-V3's; nothing fitted to these three",
         (
             Row("time to first token", ttft, float(first), "ms", waits),
             Row("time per output token", tpot, float(each), "ms", "kernels of latent attention take longer"),

@@ -99,13 +99,10 @@ def megatron() -> Section:
     return Section(
         "Megatron-LM, table 1: training steps on A100",
         "Narayanan et al. 2021, arXiv 2104.04473, table 1",
-        "iteration times are those that the printed FLOP/s imply by the paper's eq. 3. Assumed, as the table "
-        "does "
-        "not say: microbatches of one sequence, full recomputation, interleaved schedules with the fewest "
-        "chunks "
-        f"above one. Fitted: one share of the peak, {first:.3f} from the even rows for the odd ones, "
-        f"{second:.3f} "
-        "from the odd rows for the even ones",
+        "iteration times are those that the printed FLOP/s imply by the paper's eq. 3. Assumed, as the "
+        "table does not say: microbatches of one sequence, full recomputation, interleaved schedules with "
+        f"the fewest chunks above one. Fitted: one share of the peak, {first:.3f} from the even rows for the "
+        f"odd ones, {second:.3f} from the odd rows for the even ones",
         tuple(rows),
     )
 
@@ -147,8 +144,8 @@ def mt_nlg() -> Section:
         "Megatron-Turing NLG 530B: iterations of 1,920 sequences",
         "Smith et al. 2022, arXiv 2201.11990, section 2.4",
         f"the share of the peak that fits Megatron-LM's table 1, {a100_compute():.3f}. Assumed: microbatches "
-        "of one "
-        "sequence, full recomputation, 1F1B (240, 192 and 160 microbatches are no multiple of 35 stages)",
+        "of one sequence, full recomputation, 1F1B (240, 192 and 160 microbatches are no multiple of 35 "
+        "stages)",
         tuple(rows),
     )
 
@@ -214,9 +211,8 @@ def korthikanti() -> Section:
         "Korthikanti et al. 2022: iterations with full and with selective recomputation",
         "arXiv 2205.05198, tables 3 and 5, as Calculon transcribes them",
         f"fitted: one share of the peak, {found.parameters[4]:.3f} from the full rows for the selective "
-        "ones, "
-        f"{found.parameters[0]:.3f} from the selective rows for the full ones; time saved with Megatron-LM's "
-        f"{a100_compute():.3f}",
+        f"ones, {found.parameters[0]:.3f} from the selective rows for the full ones; time saved with "
+        f"Megatron-LM's {a100_compute():.3f}",
         tuple(rows),
     )
 
@@ -283,10 +279,8 @@ def llama() -> Section:
         "Llama 3 405B, table 4: training steps on H100",
         "Grattafiori et al. 2024, arXiv 2407.21783, table 4",
         f"fitted: one share of the peak, leaving one row out: {shown}. Assumed: {LLAMA_CHUNKS} chunks of "
-        "layers on a "
-        "stage, microbatches of one sequence, nothing recomputed. FLOP/s count attention as the causal mask "
-        "admits "
-        f"it: with the full square the row of {longest.context:,} tokens would be one of "
+        "layers on a stage, microbatches of one sequence, nothing recomputed. FLOP/s count attention as the "
+        f"causal mask admits it: with the full square the row of {longest.context:,} tokens would be one of "
         f"{longest.teraflops * square / causal:.0f} TFLOP/s",
         tuple(rows),
     )
@@ -336,10 +330,8 @@ def megascale() -> Section:
         "MegaScale, table 2: 175e9 parameters on up to 12,288 A100",
         "Jiang et al. 2024, arXiv 2402.15627, tables 1 and 2 and section 6.1",
         f"fitted: one share of the peak for each program, each half by the other: {'; '.join(shown)}. "
-        "Assumed: flash "
-        "attention, nothing recomputed, sequence parallelism, optimizer sharded, microbatches of one "
-        "sequence, 200 "
-        "Gb/s for a GPU; MegaScale hides what it sends, as it says, Megatron-LM nothing; windows are left "
-        "out",
+        "Assumed: flash attention, nothing recomputed, sequence parallelism, optimizer sharded, "
+        "microbatches of one sequence, 200 Gb/s for a GPU; MegaScale hides what it sends, as it says, "
+        "Megatron-LM nothing; windows are left out",
         tuple(rows),
     )
