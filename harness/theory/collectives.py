@@ -71,6 +71,11 @@ class Group:
         """Islands that the ranks lie on."""
         return -(-self.ranks // self.local)
 
+    @property
+    def clustered_islands(self) -> Any:
+        """Islands of one cluster; None: all of them."""
+        return None if self.clustered is None else -(-self.clustered // self.local)
+
 
 def place(ranks: Any, stride: Any, hardware: Hardware) -> Group:
     """The group of every `stride`-th device, on islands and clusters of devices that are filled in order."""
@@ -129,16 +134,25 @@ def fastest(kind: Collective, ranks: Any, payload: Any, link: Joins, in_network:
     return found
 
 
-def on_islands(kind: Collective, group: Group, payload: Any, hardware: Hardware, share: float = 1.0) -> Any:
-    """Time of one collective of a group on this hardware, each link at `share` of its bytes/s.
+def on_islands(
+    kind: Collective,
+    group: Group,
+    payload: Any,
+    hardware: Hardware,
+    share: float = 1.0,
+    latency: float = 1.0,
+) -> Any:
+    """Time of one collective of a group on this hardware, each link at `share` of its bytes/s, and waiting
+    `latency` times its own.
 
     Inside one island by the fastest algorithm, over several as `_two_tiers` says. Where slower links join
     clusters of islands, the islands of one cluster are to the clusters what devices are to islands.
     """
     inside, between = (
-        Wire(link.bandwidth * share, link.latency) for link in (hardware.island_link, hardware.network_link)
+        Wire(link.bandwidth * share, link.latency * latency)
+        for link in (hardware.island_link, hardware.network_link)
     )
-    islands, slowest = group.islands, between
+    islands, each, slowest = group.islands, group.clustered_islands, between
 
     def near(kind: Collective, payload: Any) -> Any:
         return fastest(kind, group.local, payload, inside, hardware.in_network)
@@ -146,9 +160,8 @@ def on_islands(kind: Collective, group: Group, payload: Any, hardware: Hardware,
     def far(kind: Collective, payload: Any) -> Any:
         return fastest(kind, islands, payload, between)
 
-    if hardware.cluster_link is not None and group.clustered is not None:
-        slow = Wire(hardware.cluster_link.bandwidth * share, hardware.cluster_link.latency)
-        each = np.maximum(group.clustered // group.local, 1)
+    if hardware.cluster_link is not None and each is not None:
+        slow = Wire(hardware.cluster_link.bandwidth * share, hardware.cluster_link.latency * latency)
         beyond = islands > each
         slowest = Wire(
             np.where(beyond, slow.bandwidth, between.bandwidth),
@@ -204,13 +217,3 @@ def _two_tiers(
     else:
         beyond = far(kind, payload / inner) + inside
     return np.asarray(np.where(one, inside, beyond))[()]
-
-
-def between_share(group: Group) -> Any:
-    """Of what a rank sends evenly to all ranks, itself among them, the share that leaves its island."""
-    return 1 - group.local / group.ranks
-
-
-def away_share(group: Group) -> Any:
-    """Of what a rank sends evenly to all ranks, itself among them, the share that leaves the rank."""
-    return 1 - 1 / group.ranks

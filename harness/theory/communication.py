@@ -21,6 +21,7 @@ from harness.spec.hardware import Hardware
 from harness.theory.collectives import Collective, Group, on_islands, place, sent_bytes
 from harness.theory.layout import Layout
 from harness.theory.memory import cached_width
+from harness.theory.sharding import shards
 
 Direction = Literal["forward", "backward"]
 DIRECTIONS: tuple[Direction, Direction] = ("forward", "backward")
@@ -41,9 +42,9 @@ class Traffic:
         """Bytes that one rank sends in all calls."""
         return self.calls * sent_bytes(self.kind, self.group.ranks, self.payload)
 
-    def seconds(self, hardware: Hardware, share: float = 1.0) -> Any:
-        """Time of all calls on this hardware, each link at `share` of its bytes/s."""
-        return self.calls * on_islands(self.kind, self.group, self.payload, hardware, share)
+    def seconds(self, hardware: Hardware, share: float = 1.0, latency: float = 1.0) -> Any:
+        """Time of all calls on this hardware, each link at that share of its bytes/s and of its latency."""
+        return self.calls * on_islands(self.kind, self.group, self.payload, hardware, share, latency)
 
 
 def total_sent(traffic: tuple[Traffic, ...]) -> Any:
@@ -51,9 +52,11 @@ def total_sent(traffic: tuple[Traffic, ...]) -> Any:
     return sum(one.sent for one in traffic)
 
 
-def total_seconds(traffic: tuple[Traffic, ...], hardware: Hardware, share: float = 1.0) -> Any:
+def total_seconds(
+    traffic: tuple[Traffic, ...], hardware: Hardware, share: float = 1.0, latency: float = 1.0
+) -> Any:
     """Time of all of them, one after the other."""
-    return sum(one.seconds(hardware, share) for one in traffic)
+    return sum(one.seconds(hardware, share, latency) for one in traffic)
 
 
 def _tensor(layout: Layout, hardware: Hardware) -> Group:
@@ -70,7 +73,11 @@ def experts_group(layout: Layout, hardware: Hardware) -> Group:
     near = np.minimum(ways, np.maximum(tensor // width, 1))
     inner = place(near, width, hardware)
     outer = place(-(-ways // near), tensor * layout.context_parallel, hardware)
-    return Group(ways, np.where(inner.local == near, near * outer.local, inner.local)[()])
+
+    def together(inside: Any, outside: Any) -> Any:
+        return None if inside is None else np.where(inside == near, near * outside, inside)[()]
+
+    return Group(ways, together(inner.local, outer.local), together(inner.clustered, outer.clustered))
 
 
 def tensor_traffic(
@@ -187,7 +194,7 @@ def expert_traffic(
         return (Traffic("all-to-all", 2, token * moe.top_k, group),)
     reached = islands_reached(moe, group.islands)
     return (
-        Traffic("all-to-all", 2, token * reached, Group(group.islands, 1)),
+        Traffic("all-to-all", 2, token * reached, Group(group.islands, 1, group.clustered_islands)),
         Traffic("all-to-all", 2, token * moe.top_k, Group(group.local, group.local)),
     )
 
@@ -234,13 +241,6 @@ def pipeline_traffic(
         return found
     gathers = layout.virtual_stages * (np.asarray(p) > 1)
     return (*found, Traffic("all-gather", gathers, payload, _tensor(layout, hardware)))
-
-
-def shards(layout: Layout, copies: Any) -> Any:
-    """Data-parallel ranks that weights of so many copies are sharded over, if they are sharded."""
-    if layout.shard_ways is None:
-        return np.maximum(copies, 1)
-    return np.maximum(copies // np.maximum(layout.data_parallel // layout.shard_ways, 1), 1)
 
 
 def data_traffic(
@@ -303,8 +303,9 @@ def replica_traffic(
 ) -> tuple[Traffic, ...]:
     """Gradients that tensor ranks of one stage of `layers` layers add once a step, with sequence parallelism.
 
-    Norms and routers see 1/t of the tokens each; t / G ranks hold the same key/value head (Megatron-LM adds
-    both so after the last microbatch). Without sequence parallelism activations' gradients are added instead.
+    Norms, routers and the projections into latents see 1/t of the tokens each; t / G ranks hold the same
+    key/value head (Megatron-LM adds all so after the last microbatch). Without sequence parallelism
+    activations' gradients are added instead.
     """
     if not layout.sequence_parallel:
         return ()
@@ -312,6 +313,8 @@ def replica_traffic(
     moe = architecture.moe
     copied = (1 + architecture.norm.bias) * d * (2 - architecture.parallel_block)
     copied += moe.n_experts * d if moe is not None else 0
+    if (mla := attention.mla) is not None:
+        copied += d * ((mla.q_lora_rank or 0) + mla.kv_lora_rank + mla.qk_rope_head_dim)
     found = (Traffic("all-reduce", 1, layers * copied * gradient_bytes, _tensor(layout, hardware)),)
     if attention.mla is not None:
         return found

@@ -19,7 +19,8 @@ class Efficiency:
     """Of `compute`, the share that the grouped matrix products of routed experts reach: few tokens for each
     expert, an uneven load, gathering and scattering."""
     cache: float = 1.0
-    """Of `memory`, the share that reading keys and values reaches: many short pieces, not one long one."""
+    """Of `memory`, the share that reading keys and values reaches: many short pieces, not one long one.
+    Inference alone, as the seconds per kernel, launch and sequence."""
     latency: float = 1.0
     """Of a link's latency, what a collective waits for."""
     kernel_seconds: float = 0.0

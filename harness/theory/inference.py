@@ -116,14 +116,17 @@ def steady_state(
     holds its slot for N passes, so that B / N requests end, and as many begin, in each: a pass decodes
     B (N - 1) / N tokens and prefills r = B S / N, and yields B. Per yielded token of a sequence,
 
-      even      TPOT = t(decode + r prompt tokens), in chunks; the first token after the max(1, N / B) passes
-                over which a prompt is spread
-      whole     where r is less than one prompt, B / N of the passes carry a whole one: TPOT is the mean,
-                TTFT the pass with a prompt; else as even
-      separate  TPOT = t(decode) + B / N t(one prompt), TTFT = t(one prompt), or all B / N of a pass
+      even      TPOT = t(decode + r prompt tokens), in chunks; the first token after the max(1, d N / B)
+                passes over which a prompt is spread
+      whole     where r is less than d prompts, B / (d N) of the passes carry d whole ones: TPOT is the mean,
+                TTFT the pass with prompts; else as even
+      separate  TPOT = t(decode) + B / (d N) t(d prompts), TTFT = t(d prompts), or all B / N of a pass
+
+    with d data-parallel ranks, each of which reads prompts of its own: no prompt is divided over them;
 
     so that TPOT grows by S / N times the time of a prefilled token on top of the decode step's, and with it
-    the price of prompts is paid in latency. Stages see the microbatches of `pipeline_times`.
+    the price of prompts is paid in latency. Stages see the microbatches of `pipeline_times`: a prompt, too,
+    is divided into m that follow one another (its chunks can: each needs what its stage kept of the last).
     """
     architecture = priced.architecture
     begin = batch / output
@@ -132,12 +135,12 @@ def steady_state(
     def period(one: Pass) -> Any:
         return pipeline_times(priced, one, microbatches).period
 
-    at_least_one = most(begin, 1)
-    joined = prefill(architecture, at_least_one, prompt)
-    carrying = least(begin, 1)
+    ranks = priced.layout.data_parallel
+    joined = prefill(architecture, most(begin, ranks), prompt)
+    carrying = least(begin / ranks, 1)
     if mixing == "even":
         tpot = period(decoding + prefill(architecture, begin, prompt))
-        ttft = most(output / batch, 1) * tpot
+        ttft = most(ranks * output / batch, 1) * tpot
     elif mixing == "whole":
         ttft = period(decoding + joined)
         tpot = carrying * ttft + (1 - carrying) * period(decoding)

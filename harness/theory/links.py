@@ -9,10 +9,11 @@ and expert parallelism, and those that share an expert in width. Shapes: [T, D] 
               holds one of its experts, e (1 - (1 - 1/e)^K) of them on average (experts taken as drawn
               with replacement: up to 3 % too few), and gets as much back
               (GShard, arXiv 2006.16668, section 3.1), then the t ranks gather the whole: in place of the
-              feed-forward's all-reduce. A token goes to a rank once, whoever wants it there, and the
-              messages to all ranks are under way at the same time
+              feed-forward's all-reduce, where no shared expert needs that too. A token goes to a rank once,
+              whoever wants it there, and the messages to all ranks are under way at the same time
   hand-over   [T / (d c), D] / t from stage to stage, p - 1 times
-  ring        keys and values of T / (d c) tokens go round the c ranks (Liu et al. 2023, arXiv 2310.01889)
+  ring        keys and values of T / (d c) tokens go round the c ranks (Liu et al. 2023, arXiv 2310.01889),
+              key/value heads divided over t
 
 Each is a line in T: seconds at no size, and seconds for each token.
 """
@@ -33,7 +34,7 @@ from harness.theory.efficiency import Efficiency
 from harness.theory.layout import Layout
 from harness.theory.memory import cached_width
 from harness.theory.precision import Precision, stored_bytes
-from harness.theory.sharding import most
+from harness.theory.sharding import group_ways, most
 
 Line = tuple[Any, Any]
 """Seconds at no size, and for each token of the pass."""
@@ -92,13 +93,16 @@ def links(
         gather = (ways - 1) / ways * token / shares / fast
         fixed = fixed + routed * exchanged * (2 * _hop(outside > 0, near, far) + near * (ways > 1))
         slope = slope + routed * exchanged * (exchange + gather)
-    entry = cached_width(architecture) * stored_bytes(precision.cache) / shares
+    heads = 1 if architecture.attention.mla is not None else group_ways(architecture, layout)
+    entry = cached_width(architecture) * stored_bytes(precision.cache) / (heads * shares)
     around = (contexts - 1) * layers
     inside = ways * contexts <= hardware.island
     fixed = fixed + around * _hop(1 - inside, near, far)
     slope = slope + around * entry * _hop(1 - inside, 1 / fast, 1 / slow)
 
-    count = layers * (2 - architecture.parallel_block) - routed * exchanged
+    spared = architecture.moe is not None and architecture.moe.shared is None
+    count = layers * (2 - architecture.parallel_block)
+    count = count - routed * exchanged * spared * (1 - architecture.parallel_block)
     reductions = tuple(
         (_plain(count * at_once), _plain(count * token / shares * each))
         for at_once, each in _all_reduces(hardware, ways, efficiency)

@@ -250,6 +250,25 @@ def rank_parameters(
     return _summed(architecture, per_unit(architecture, layout), held)
 
 
+def shards(layout: Layout, copies: Any) -> Any:
+    """Of so many data-parallel copies of a parameter, those that its states are sharded over, if they are.
+
+    HSDP divides data-parallel ranks into groups of `shard_ways`, each with all shards; where expert
+    parallelism leaves fewer copies, a group has as many fewer.
+    """
+    groups = 1 if layout.shard_ways is None else most(layout.data_parallel // layout.shard_ways, 1)
+    return most(copies // groups, 1)
+
+
+def shard_ways(layout: Layout) -> tuple[Any, Any]:
+    """Ranks that the states of a parameter are sharded over, and those of a routed expert's parameter.
+
+    Context ranks hold the same weights, and count as data-parallel ones.
+    """
+    c = layout.context_parallel
+    return shards(layout, layout.data_parallel) * c, shards(layout, layout.expert_copies) * c
+
+
 def split(counts: Mapping[str, Any]) -> tuple[Any, Any]:
     """Parameters apart from the routed experts', and those of the routed experts."""
     return (

@@ -6,9 +6,10 @@ Model states of mixed-precision Adam take 2 + 2 + 12 bytes a parameter (ZeRO, Ra
 arXiv 1910.02054, section 3.1: 16-bit weights and gradients; 32-bit weights, momentum and variance). ZeRO
 divides the optimizer's by n at stage 1, the gradients' too at stage 2, the weights' too at stage 3 (section
 5), which is FSDP (Zhao et al. 2023, arXiv 2304.11277); HSDP shards over fewer ranks than hold copies and
-copies the shards (its section 3.2.2). n is at most the copies that there are: data x context ranks, and for
-routed experts `Layout.expert_copies` x context ranks. A shard is flat: P / n elements rounded up, however
-the tensors lie in it; what shards tensor by tensor, or by rows, fills its fullest rank more.
+copies the shards (its section 3.2.2). n is what `sharding.shard_ways` says: without HSDP the copies that
+there are, data x context ranks, and for routed experts `Layout.expert_copies` x context ranks. A shard is
+flat: P / n elements rounded up, however the tensors lie in it; what shards tensor by tensor, or by rows,
+fills its fullest rank more.
 
 Not counted: what the runtime itself takes, communication buffers and fragmentation; the share of a device
 that is left beside them is `usable` in `harness.theory.fitting`.
@@ -32,11 +33,10 @@ from harness.theory.sharding import (
     largest_block,
     least,
     rank_parameters,
+    shard_ways,
     split,
     up,
 )
-
-_IN_TABLES = ("embedding", "positions", "unembedding", "router.weight", "router.bias")
 
 
 @dataclass(frozen=True)
@@ -126,15 +126,6 @@ def _training(
     )
 
 
-def shard_ways(layout: Layout) -> tuple[Any, Any]:
-    """Over how many ranks the states of a parameter are sharded, and those of a routed expert's parameter."""
-    copies = layout.data_parallel * layout.context_parallel
-    experts = layout.expert_copies * layout.context_parallel
-    if layout.shard_ways is None:
-        return copies, experts
-    return least(layout.shard_ways, copies), least(layout.shard_ways, experts)
-
-
 def serving_memory(
     architecture: Architecture,
     layout: Layout,
@@ -149,9 +140,10 @@ def serving_memory(
 ) -> Memory:
     """One rank of `stage` serving `batch` sequences (of its data-parallel rank) of `context` tokens each.
 
-    Weights go by `Precision`: routed experts' matrices, other matrices, and the rest (tables, routers, norms,
-    biases) in `embeddings`. `tokens` of the largest pass; None: one for each sequence. Caches hold what each
-    layer can still see, divided by key/value heads where there are enough, and by context ways.
+    Weights go by `Precision`: routed experts' matrices, other matrices, and the rest (tables, routers, the
+    gate of shared experts, norms, biases) in `embeddings`. `tokens` of the largest pass; None: one for each
+    sequence. Caches hold what each layer can still see, divided by key/value heads where there are enough,
+    and by context ways.
     """
     held = contents(architecture, layout, stage, partition)
     counts = rank_parameters(architecture, layout, stage, partition)
@@ -171,7 +163,7 @@ def serving_memory(
 def _format(component: str, precision: Precision) -> Format:
     if component == "experts.weights":
         return precision.experts
-    matrix = component.endswith((".weights", ".projections")) or component == "shared.gate"
+    matrix = component.endswith((".weights", ".projections"))
     return precision.matrices if matrix else precision.embeddings
 
 

@@ -75,7 +75,7 @@ class TrainingStep:
     model_flops: float
     """Per token, under the convention that was asked for."""
     hardware_flops: float
-    """The same with what is recomputed."""
+    """The same with what the layout recomputes."""
     peak_flops: float
     """Of one device."""
 
@@ -197,6 +197,7 @@ def training_step(
         name: work / context
         for name, work in flops.forward_by_component(architecture, 1, context, attention=attention).items()
     }
+    parts["experts"] /= efficiency.experts  # in FLOPs of other products that take as long
     head = parts["unembedding"]
     layer = (sum(parts.values()) - head) / layers
     core = (parts["attention.scores"] + parts["attention.values"]) / layers
@@ -205,14 +206,14 @@ def training_step(
         again = parts["attention.scores"] / layers + (again if layout.recompute == "full" else 0.0)
 
     forward, backward = (
-        _sent(architecture, layout, hardware, tokens, way, element, efficiency.network, overlap, relayed)
+        _sent(architecture, layout, hardware, tokens, way, element, efficiency, overlap, relayed)
         for way in communication.DIRECTIONS
     )
     moved = moved_bytes(architecture, layout, context, element)
     byte = tokens / (hardware.bandwidth.value * efficiency.memory)  # seconds of one byte per token
     repeated = {"none": 0.0, "selective": moved.scores, "full": moved.total}[layout.recompute]
     hops = communication.pipeline_traffic(architecture, layout, hardware, tokens, element=element)
-    hop = total_seconds(hops, hardware, efficiency.network) * (1 - overlap.pipeline)
+    hop = total_seconds(hops, hardware, efficiency.network, efficiency.latency) * (1 - overlap.pipeline)
     repeats = 1 if layout.recompute == "full" else 0
 
     # Times of one layer, and of what is once on a stage, for one microbatch.
@@ -231,7 +232,9 @@ def training_step(
     data, update = _after_backward(
         architecture, layout, hardware, m, efficiency, weight_bytes, gradient_bytes
     )
-    work = training.work_per_token(architecture, context, recompute=layout.recompute)
+    # Flash attention has no scores to drop; what its kernels multiply again inside is not counted.
+    repeated_work = "none" if layout.flash and layout.recompute == "selective" else layout.recompute
+    work = training.work_per_token(architecture, context, recompute=repeated_work)
     model = training.flops_per_token(architecture, context, convention)
     return TrainingStep(
         microbatches=m,
@@ -246,7 +249,7 @@ def training_step(
         expert=rounds * ((1 + repeats) * forward.expert + backward.expert),
         context=rounds * ((1 + repeats) * forward.context + backward.context),
         pipeline=2 * m * hop,
-        imbalance=m * _imbalance(layers, p, layout.virtual_stages, sum(times), sum(ends)),
+        imbalance=m * _imbalance(architecture, layout, sum(times), sum(ends)),
         bubble=_finite(idle, m) * sum(passes),
         data=data * (1 - overlap.data),
         optimizer=update,
@@ -263,15 +266,17 @@ def _finite(idle: Any, m: Any) -> Any:
     return np.where(np.isinf(idle), np.inf, idle) * np.maximum(m, 1)
 
 
-def _imbalance(layers: int, stages: Any, chunks: Any, layer: Any, head: Any) -> Any:
+def _imbalance(architecture: Architecture, layout: Layout, layer: Any, head: Any) -> Any:
     """Seconds that the busiest stage takes longer than the mean one for a microbatch.
 
-    Chunks have one layer more where the layers do not divide, and stages in the middle get those first, the
-    last one, with the unembedding, last (as `sharding.contents` spreads them).
+    Chunks have one layer more where the layers do not divide; which stages get those, and which one has the
+    unembedding, is as `sharding.contents` spreads them.
     """
+    layers, stages, chunks = architecture.n_layers, layout.pipeline_parallel, layout.virtual_stages
     each, left = layers // (stages * chunks), layers % (stages * chunks)
     fullest = (each * chunks - (-left // stages)) * layer
-    last = (each * chunks + left // stages) * layer + head
+    end = 0 if layout.schedule == "zbv" else stages - 1
+    last = sharding.contents(architecture, layout, end).layers * layer + head
     return np.maximum(fullest, last) - (layers * layer + head) / stages
 
 
@@ -282,18 +287,21 @@ def _sent(
     tokens: Any,
     way: Direction,
     element: float,
-    share: float,
+    efficiency: Efficiency,
     overlap: Overlap,
     relayed: bool,
 ) -> _Sent:
     """Exposed communication of the mean layer and at the head, in one direction."""
     routed = parameters.n_moe_layers(architecture) / architecture.n_layers
 
+    def seconds(traffic: tuple[communication.Traffic, ...]) -> Any:
+        return total_seconds(traffic, hardware, efficiency.network, efficiency.latency)
+
     def tensor(moe: bool) -> Any:
         traffic = communication.tensor_traffic(
             architecture, layout, hardware, tokens, way, routed=moe, element=element
         )
-        return total_seconds(traffic, hardware, share)
+        return seconds(traffic)
 
     mean: Any = 0.0
     if routed < 1:
@@ -307,9 +315,9 @@ def _sent(
     head = communication.head_traffic(architecture, layout, hardware, tokens, way, element=element)
     return _Sent(
         tensor=mean * (1 - overlap.tensor),
-        expert=routed * total_seconds(exchange, hardware, share) * (1 - overlap.expert),
-        context=total_seconds(ring, hardware, share) * (1 - overlap.context),
-        head=total_seconds(head, hardware, share) * (1 - overlap.tensor),
+        expert=routed * seconds(exchange) * (1 - overlap.expert),
+        context=seconds(ring) * (1 - overlap.context),
+        head=seconds(head) * (1 - overlap.tensor),
     )
 
 
@@ -339,8 +347,7 @@ def _after_backward(
         architecture, layout, hardware, layers, gradient_bytes=gradient_bytes
     )
     if layout.zero_stage:
-        c = layout.context_parallel
-        dense = dense / (communication.shards(layout, layout.data_parallel) * c)
-        experts = experts / (communication.shards(layout, layout.expert_copies) * c)
+        ways, expert_ways = sharding.shard_ways(layout)
+        dense, experts = dense / ways, experts / expert_ways
     update = (dense + experts) * ADAM_BYTES / (hardware.bandwidth.value * efficiency.memory)
-    return total_seconds(traffic, hardware, efficiency.network), update
+    return total_seconds(traffic, hardware, efficiency.network, efficiency.latency), update

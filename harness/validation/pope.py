@@ -170,6 +170,10 @@ def palm() -> Section:
         why = (
             f"{row_parts(row, *numbers[row]).told()}; at data-sheet rates {row_seconds(row, 1.0, 0.0):.3g} s"
         )
+        if row in DECODES:
+            alone, other = (1e6 * layers.parameters[i] for i in (1 - DECODES.index(row), DECODES.index(row)))
+            why += f"; alone a layer would take {alone:.0f} us beside what rates explain, and {other:.0f} at "
+            why += "the other batch: it grows with the batch (norms, softmax), and one constant does not"
         rows += [
             Row(f"{one.name}, batch {one.batch}", one.seconds, seconds, "s", why),
             Row(f"{one.name}: MFU", one.percent, utilisation(row, seconds), "%", "as its latency"),

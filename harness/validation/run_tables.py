@@ -133,7 +133,7 @@ def deepseek() -> Section:
     why = (
         f"{exposed / 1e3:,.0f}e3 h if no all-to-all were hidden, {half / 1e3:,.0f}e3 h at the rate of "
         f"bfloat16, which attention keeps; with all hidden the printed hours are a share of {own:.2f} of the "
-        "FP8 peak: scaling in small blocks, grouped experts and SMs given to communication are not in the model"
+        "FP8 peak: scaling in small blocks, grouped experts and SMs given to sending are not in the model"
     )
     later = published.DEEPSEEK_LATER_HOURS
     per_token = training.flops_per_token(architecture, CONTEXT, "forward-x3")
