@@ -32,9 +32,16 @@ def add_to(app: typer.Typer) -> None:
 
 
 Pairs = list[str] | None
+CONTEXT = 8192
+ONLY = {
+    Goal.train: ("batch_tokens", "context", "tokens", "overlap"),
+    Goal.serve: ("prompt", "output", "slo", "skew"),
+}
+"""Options that another goal has no use for."""
 
 
 def plan(
+    call: typer.Context,
     spec: Annotated[str, typer.Argument(metavar="SPEC", help="Name of a shipped spec, or a path.")],
     hardware: Annotated[str, typer.Option(metavar="NAME", help="From specs/hardware.toml.")],
     gpus: Annotated[int, typer.Option(min=1, help="At most so many.")],
@@ -42,7 +49,10 @@ def plan(
     least_gpus: Annotated[int | None, typer.Option(min=1, help="At least so many; default: 95 %.")] = None,
     rank: Annotated[Rank, typer.Option(help="Best by what.")] = Rank.time,
     batch_tokens: Annotated[float, typer.Option(min=1, help="Training: tokens of a step.")] = 4_194_304,
-    context: Annotated[int, typer.Option(min=1, help="Training: tokens of a sequence.")] = 8192,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, help="Training: tokens of a sequence; default: 8192, or the model's positions."),
+    ] = None,
     tokens: Annotated[
         float | None, typer.Option(min=1, help="Training: of the whole run; default: the spec's.")
     ] = None,
@@ -82,17 +92,23 @@ def plan(
     from harness.planning import serving, training
     from harness.planning.constraints import pairs
     from harness.planning.search import Question
-    from harness.planning.settings import completed, efficiency_of, overlap_of
+    from harness.planning.settings import called, completed, efficiency_of, overlap_of
     from harness.spec import load
     from harness.spec.hardware import load_hardware
     from harness.validation.silicon_constants import measured
 
+    unused = [one for other, names in ONLY.items() if other is not goal for one in names]
+    for name in unused:
+        source = call.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            option = f"--{name.replace('_', '-')}"
+            raise typer.BadParameter(f"{option} means nothing with --goal {goal}; leave it out")
     document = load(spec)
     question = Question(
         architecture=completed(document, set_ or ()),
         hardware=load_hardware(hardware),
         gpus=gpus,
-        name=document.name,
+        name=called(document, set_ or ()),
         least_gpus=least_gpus,
         constraints=tuple(constraints or ()),
         tries=pairs(try_ or (), "--try"),
@@ -113,7 +129,7 @@ def plan(
             found = training.plan(
                 question,
                 batch_tokens=batch_tokens,
-                context=context,
+                context=min(CONTEXT, question.architecture.max_positions) if context is None else context,
                 tokens=run,
                 precisions=precision or ("bfloat16",),
                 overlap=overlap_of(overlap or ()),

@@ -85,13 +85,15 @@ def simulate(
     from harness.planning import outcome, simulation
     from harness.planning.deployment import Deployment, divided
     from harness.planning.scheduling import Policy
-    from harness.planning.settings import completed, efficiency_of
+    from harness.planning.settings import called, completed, efficiency_of, refuse_price, refuse_skew
     from harness.planning.workload import workload
     from harness.spec import load
     from harness.spec.hardware import load_hardware
     from harness.theory.precision import precision as formats
     from harness.validation.silicon_constants import measured
 
+    if example and spec:
+        raise typer.BadParameter(f"--example has a server of its own; leave {spec} out")
     if example:
         show([outcome.example()], form)
         return
@@ -100,6 +102,9 @@ def simulate(
     if (draft_length > 0) != (acceptance is not None) or (draft_cost is not None and not draft_length):
         raise typer.BadParameter("speculation takes --draft-length above 0 and --acceptance, or neither")
     document, machine = load(spec), load_hardware(hardware)
+    price = machine.gpu_hour_usd.value if gpu_hour_usd is None else gpu_hour_usd
+    refuse_price(price)
+    refuse_skew(skew)
     deployment = Deployment(
         completed(document, set_ or ()),
         machine,
@@ -132,11 +137,11 @@ def simulate(
         start = time.process_time()
         record = simulation.simulate(sent, steps, policy, cache, seed=seed, ended=state.step)
         taken = time.process_time() - start
-    price = machine.gpu_hour_usd.value if gpu_hour_usd is None else gpu_hour_usd
-    served = f"{document.name} in {precision} on {deployment.words()}"
+    served = f"{called(document, set_ or ())} in {precision} on {deployment.words()}"
+    comes = f"at {rate:g} a second" if concurrency is None else f"from {concurrency:,} users"
     found = outcome.outcome(
         record,
-        title=f"{served}, {requests:,} requests, {policy.words()}",
+        title=f"{served}, {requests:,} requests of {prompt} and {output} tokens {comes}, {policy.words()}",
         bounds=bounds,
         gpus=gpus,
         gpu_hour_usd=price,

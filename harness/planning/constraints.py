@@ -98,16 +98,18 @@ def number(text: str, field: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise SpecError(f'{field} is compared with "{text}"; give a number')
+        raise SpecError(f'{field} cannot be "{text}"; give a number')
     return value
 
 
 def pairs(texts: Sequence[str], option: str) -> dict[str, str]:
-    """KEY=VALUE of every text. Raises SpecError naming the option where one is something else."""
-    found = {}
+    """KEY=VALUE of every text. Raises SpecError naming the option where one is something else, or twice."""
+    found: dict[str, str] = {}
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key.strip() or not value.strip():
             raise SpecError(f'{option} takes KEY=VALUE, and "{text}" is none')
-        found[key.strip()] = value.strip()
+        if (key := key.strip()) in found:
+            raise SpecError(f"{option} {key} is both {found[key]} and {value.strip()}; give it once")
+        found[key] = value.strip()
     return found

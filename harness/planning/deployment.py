@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from harness.planning.scheduling import Cache, Policy
+from harness.planning.settings import rates
 from harness.planning.workload import Workload
 from harness.spec.architecture import Architecture
 from harness.spec.errors import SpecError
@@ -29,7 +30,8 @@ class Priced:
 
     All of a pass but its attention depends on how many tokens it has, and is priced once for each number. In
     a pipeline the batch runs as up to p microbatches, and an iteration takes until each has come round, the
-    period of `inference.pipeline_times`.
+    period of `inference.pipeline_times`. Data-parallel ranks share the tokens of a pass evenly, those of a
+    single prompt too: where fewer prompts than ranks are read at once, that is too fast.
     """
 
     def __init__(self, priced: Pricer, verified: int = 1) -> None:
@@ -108,7 +110,8 @@ class Deployment:
         one = self.layout
         ways = (one.tensor_parallel, one.pipeline_parallel, one.data_parallel, one.expert_parallel)
         named = ", ".join(f"{name} {n}" for name, n in zip(("TP", "PP", "DP", "EP"), ways, strict=True))
-        return f"{one.devices} {self.hardware.name} ({named})"
+        prompts = ", each prompt divided over DP" if one.data_parallel > 1 else ""
+        return f"{one.devices:,} {self.hardware.name} ({named}{prompts}) at {rates(self.efficiency)}"
 
     def steps(self, policy: Policy) -> Priced:
         """What iterations take. Raises SpecError for a layout that nothing can run, or a missing format."""

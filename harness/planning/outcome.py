@@ -131,7 +131,8 @@ class Outcome:
 
     def _speed(self) -> dict[str, float]:
         names = {"simulated_s_per_s": "duration_s", "iterations_per_s": "iterations"}
-        return {name: self.overall[of] / self.taken for name, of in names.items()}
+        taken = max(self.taken, 1e-9)  # a clock may not have ticked
+        return {name: self.overall[of] / taken for name, of in names.items()}
 
 
 def outcome(

@@ -40,6 +40,8 @@ class Plan:
     axes: tuple[str, str]
     """Facts that the front trades for each other."""
     columns: tuple[Column, ...]
+    definitions: Mapping[str, str]
+    """Of columns that a header does not explain."""
     rows: int
     """Of a table at most."""
     evaluated: int
@@ -76,13 +78,14 @@ class Plan:
             "limit",
             "broken by",
             "alone by",
-            f"the best of those: {_spoken(self.key)}",
+            f"the best of those: {_spoken(self.key)}{', s' if self.key == 'tpot' else ''}",
             "layout",
             "because",
         )
         yield Table("What each limit rules out", heads, limits)
         impossible = tuple((name, count, text) for name, (count, text) in self.impossible.items())
         yield Table("Combinations that cannot run", ("because", "combinations", "for example"), impossible)
+        yield Table("What columns mean", ("column", "definition"), tuple(self.definitions.items()))
 
     def as_dict(self) -> dict[str, Any]:
         """The same, ready for json.dumps: every fact in its unit, bytes and seconds and USD."""
@@ -90,6 +93,7 @@ class Plan:
             "goal": self.goal,
             "title": self.title,
             "by": self.by,
+            "definitions": dict(self.definitions),
             "evaluated": self.evaluated,
             "fitting": self.fitting,
             "ranked": _facts(self.ranked),

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from harness.spec.errors import SpecError
 
 Batching = Literal["static", "continuous"]
+MOST_DRAFT_COST = 100
+"""Of drafting one token, in passes of the model that it is to make quicker."""
 Floats = NDArray[np.float64]
 
 
@@ -85,10 +87,9 @@ class Policy:
             raise SpecError(f"{self.slots} slots hold no request; give 1 or more")
         if not 0 <= self.acceptance <= 1:
             raise SpecError(f"an acceptance of {self.acceptance:g} is no probability; give 0 to 1")
-        if self.draft_length < 0 or not 0 <= self.draft_cost < math.inf:
-            raise SpecError(
-                f"{self.draft_length} drafted tokens at {self.draft_cost:g} of a pass; neither is below 0"
-            )
+        if self.draft_length < 0 or not 0 <= self.draft_cost <= MOST_DRAFT_COST:
+            wrong = f"{self.draft_length} drafted tokens, each at {self.draft_cost:g} of a pass, cannot be"
+            raise SpecError(f"{wrong}; give 0 or more at 0 to {MOST_DRAFT_COST}")
         least = self.slots * (1 + self.draft_length)
         if self.chunk is not None and self.chunk < least:
             raise SpecError(

@@ -18,6 +18,7 @@ from harness.planning.constraints import Constraint
 from harness.planning.layouts import IDLE, RuledOut
 from harness.planning.report import GB, Broken, Column, Plan, ways
 from harness.planning.selection import Batch, Best, Front, Limit, breaking
+from harness.planning.settings import rates, refuse_price
 from harness.spec.architecture import Architecture
 from harness.spec.errors import SpecError, did_you_mean
 from harness.spec.hardware import Hardware
@@ -66,8 +67,7 @@ class Question:
         if not 1 <= self.fewest <= self.gpus:
             wrong = f"at least {self.fewest:,} of {self.gpus:,} GPUs cannot be used"
             raise SpecError(f"{wrong}; give 1 to {self.gpus:,}")
-        if not 0 <= self.price < math.inf:
-            raise SpecError(f"{self.price} USD is no price of an hour; give a number of at least 0")
+        refuse_price(self.price)
         if not 0 <= self.memory_reserve < 1:
             raise SpecError(f"a memory reserve of {self.memory_reserve} is no share; give 0 to below 1")
 
@@ -89,13 +89,7 @@ class Question:
     @property
     def title(self) -> str:
         """The question in short."""
-        stated = (
-            f"{one.name} {getattr(self.efficiency, one.name):g}"
-            for one in fields(Efficiency)
-            if getattr(self.efficiency, one.name) != one.default
-        )
-        rates = ", ".join(stated) or "the data sheet's rates"
-        return f"{self.name} on {self.gpus:,} x {self.hardware.name} at {rates}"
+        return f"{self.name} on {self.gpus:,} x {self.hardware.name} at {rates(self.efficiency)}"
 
 
 @dataclass(frozen=True)
@@ -109,12 +103,20 @@ class Goal:
     shape: tuple[str, ...]
     """Columns that say how the devices are divided."""
     columns: tuple[Column, ...]
+    definitions: Mapping[str, str]
+    """Of columns that a header does not explain."""
 
 
 def counted(name: str, tokens: float, most: float = MOST_TOKENS) -> None:
     """Raise SpecError where `tokens` is no number of tokens."""
     if not 1 <= tokens <= most:
         raise SpecError(f"a {name} of {tokens:g} tokens cannot be; give 1 to {most:g}")
+
+
+def within(architecture: Architecture, what: str, tokens: int) -> None:
+    """Raise SpecError where a sequence is longer than the model's positions."""
+    if tokens > (positions := architecture.max_positions):
+        raise SpecError(f"{what} of {tokens:,} tokens, and the model has {positions:,} positions; give fewer")
 
 
 def worst(memory: Memory, width: int) -> dict[str, npt.NDArray[Any]]:
@@ -205,6 +207,7 @@ def search(
         key=key,
         axes=goal.axes,
         columns=goal.columns,
+        definitions=goal.definitions,
         rows=question.limit,
         evaluated=done,
         fitting=fitting,

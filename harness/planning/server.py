@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from harness.planning.scheduling import Cache, Policy, StepTime, Sums
 from harness.planning.workload import Workload
+from harness.theory.passes import triangle
 
 Process = Generator[simpy.Event, Any, None]
 
@@ -160,7 +161,7 @@ class Server:
             pairs += new * done + new * (new + 1) / 2
             if window is not None and new:
                 near += min(done, window - 1)
-                near_pairs += _triangle(done + new, window) - _triangle(done, window)
+                near_pairs += triangle(done + new, window) - triangle(done, window)
             held += done
         took = self.step.seconds(
             tokens, sequences, cached + expanded, pairs, near, near_pairs, absorbed, expanded
@@ -217,9 +218,3 @@ def _standing(
     if acceptance == 1:
         return np.full(count, length)
     return np.minimum(generator.geometric(1 - acceptance, size=count) - 1, length)
-
-
-def _triangle(n: int, window: int) -> float:
-    """The sum of min(i, W) for i = 1 .. n."""
-    inside = min(n, window)
-    return inside * (inside + 1) / 2 + (n - inside) * inside

@@ -5,7 +5,6 @@ Letters: N layouts, K stages that may need most memory.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,9 +23,11 @@ from harness.planning.search import (
     counted,
     memory_limit,
     search,
+    within,
     worst,
 )
 from harness.planning.selection import Batch, Limit
+from harness.planning.settings import refuse_skew
 from harness.planning.space import SERVED, serving_space
 from harness.spec.errors import SpecError
 from harness.spec.hardware import Hardware
@@ -67,6 +68,12 @@ GOAL = Goal(
         scaled("GB a GPU", "memory", GB),
         percent("of it weights", "weights_share"),
     ),
+    definitions={
+        "TPOT": "mean pass of a batch that never runs dry, prompts read on the way included",
+        "TTFT": "pass that holds a prompt; waiting for a slot is left out",
+        "tokens/s": "output tokens of all GPUs",
+        "USD per 1,000": "rent of all GPUs for 1,000 output tokens, their prompts included",
+    },
 )
 
 
@@ -95,10 +102,10 @@ def plan(
     """
     counted("prompt", prompt)
     counted("output", output)
-    if not 0 <= skew < math.inf:
-        raise SpecError(f"a skew of {skew} is none; give a number of at least 0")
+    within(question.architecture, "a prompt with its answer", prompt + output)
+    refuse_skew(skew)
     promised = _promises(slo or {})
-    forms = [precision(name) for name in precisions or default_precisions(question.hardware)]
+    forms = [precision(name) for name in dict.fromkeys(precisions or default_precisions(question.hardware))]
     constraints = parse_all(question.constraints, CONSTRAINED)
     architecture, impossible = question.architecture, layouts.RuledOut()
     space = serving_space(architecture, question.gpus, question.hardware.island)

@@ -23,6 +23,7 @@ from harness.planning.search import (
     counted,
     memory_limit,
     search,
+    within,
     worst,
 )
 from harness.planning.selection import Batch, Limit
@@ -48,6 +49,7 @@ CONSTRAINED: Mapping[str, Collection[str] | None] = {
             *RESULTS,
             "mfu",
             "hfu",
+            "mfu_causal",
             *(f"{name}_share" for name in LOST),
         ),
         None,
@@ -71,12 +73,19 @@ GOAL = Goal(
         plain("recompute", "recompute"),
         scaled("GB a GPU", "memory", GB),
         plain("s a step", "seconds"),
-        percent("MFU", "mfu"),
+        percent("MFU (PaLM)", "mfu"),
+        percent("causal", "mfu_causal"),
         percent("bubble", "bubble_share"),
         percent("sent", "sent_share"),
         plain("days", "days"),
         rounded("USD", "usd"),
     ),
+    definitions={
+        "MFU (PaLM)": f"{training.FLOP_CONVENTIONS['palm']}; over 100 % where kernels skip what it counts",
+        "causal": "the same of what is multiplied: no masked half of the square, no look-up of embeddings",
+        "sent": "communication that takes time of its own, as a share of the step",
+        "days, USD": "of the whole run at this step's rate, without failures",
+    },
 )
 
 
@@ -100,12 +109,14 @@ def plan(
 
     A step holds whole microbatches on every rank, at most BATCH_SLACK off `batch_tokens`; days and usd are
     of `tokens` tokens at its rate, without failures. memory is bytes of the fullest rank (`theory.states`:
-    mixed-precision Adam). Where fewer devices are asked for than there are, the front is of time against
-    devices. `precisions` names the one in which matrices are multiplied; states are those of 16 bits. Raises
-    SpecError where nothing fits.
+    mixed-precision Adam). mfu counts as PaLM did, mfu_causal what is multiplied: only it is a share of the
+    peak. Where fewer devices are asked for than there are, the front is of time against devices. `precisions`
+    names the one in which matrices are multiplied; states are those of 16 bits.
+    Raises SpecError where nothing fits.
     """
     counted("batch", batch_tokens)
     counted("sequence", context)
+    within(question.architecture, "a sequence", context)
     counted("run", tokens, 1e30)
     sequences = batch_tokens / context
     constraints = parse_all(question.constraints, CONSTRAINED)
@@ -126,7 +137,7 @@ def plan(
             limits = [runs, memory_limit(question, columns), *constraint_limits(constraints, columns)]
             yield Batch(grid.layout, columns, limits)
 
-    of = f"{tokens:.4g} tokens in steps of {batch_tokens:,.0f}, sequences of {context:,}"
+    of = f"{multiplied}, {tokens:.4g} tokens in steps of {batch_tokens:,.0f}, sequences of {context:,}"
     asked = replace(question, name=f"{question.name}, {of},")
     goal = GOAL if question.least_gpus is None else replace(GOAL, axes=("days", "gpus"))
     return search(asked, goal, batches(), sum(map(len, grids)), impossible, watch)
@@ -177,5 +188,6 @@ def _evaluated(
         "usd": training.cost(gpus, days, question.price),
         "mfu": step.mfu,
         "hfu": step.hfu,
+        "mfu_causal": step.compute * question.efficiency.compute / seconds,
         "sent_share": sent / seconds,
     }

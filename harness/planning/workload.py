@@ -21,7 +21,7 @@ LONGEST = 10**7
 FORMS = "a number, a list as 5,8,4 (repeated), uniform:LOW-HIGH or lognormal:MEAN:CV"
 _LIST = re.compile(r"\d+(,\d+)*")
 _UNIFORM = re.compile(r"uniform:(\d+)-(\d+)")
-_LOGNORMAL = re.compile(r"lognormal:([0-9.]+):([0-9.]+)")
+_LOGNORMAL = re.compile(r"lognormal:(\d+\.?\d*|\.\d+):(\d+\.?\d*|\.\d+)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,9 +92,7 @@ def lengths(name: str, text: str, count: int, generator: np.random.Generator) ->
         if low > high:
             raise SpecError(f"{name} {text!r}: {low} to {high} is no range; give the smaller number first")
         found = generator.integers(low, high + 1, size=count)
-    elif (law := _LOGNORMAL.fullmatch(text)) is not None and all(
-        word.count(".") < 2 for word in law.groups()
-    ):
+    elif (law := _LOGNORMAL.fullmatch(text)) is not None:
         mean, variation = map(float, law.groups())
         if mean < 1:
             raise SpecError(f"{name} {text!r}: a mean of {mean:g} tokens; give 1 or more")

@@ -31,7 +31,8 @@ class Efficiency:
     sequence_seconds: float = 0.0
     """Per token that a data-parallel rank samples: what the host does for it."""
     layer_seconds: float = 0.0
-    """Per layer and pass, at any size: kernel launches and the synchronisation between them."""
+    """Per layer and pass, at any size: what launches and synchronisation cost a training step, whose kernels
+    are not counted, and inference beyond `kernel_seconds`."""
     pass_seconds: float = 0.0
     """Per pass: scheduling, sampling, what runs on the host."""
 

@@ -107,10 +107,11 @@ def links(
         (_plain(count * at_once), _plain(count * token / shares * each))
         for at_once, each in _all_reduces(hardware, ways, efficiency)
     )
-    beyond = 1 * (layout.devices > hardware.island)
+    together = most(hardware.island // (ways * shares), 1)  # stages of one island
+    leaving = -(-stages // together) - 1
     handovers = (
-        _plain((stages - 1) * _hop(beyond, near, far)),
-        _plain((stages - 1) * token / (ways * shares) * _hop(beyond, 1 / fast, 1 / slow)),
+        _plain((stages - 1 - leaving) * near + leaving * far),
+        _plain(token / (ways * shares) * ((stages - 1 - leaving) / fast + leaving / slow)),
     )
     others = (_plain(fixed), _plain(slope))
     numbers = [one for line in (*reductions, others, handovers) for one in line]

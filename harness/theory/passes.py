@@ -103,12 +103,12 @@ def _pairs(architecture: Architecture, queries: Any, cached: Any) -> tuple[Any, 
         return full, full, cached
     return (
         full,
-        _triangle(cached + queries, window) - _triangle(cached, window),
+        triangle(cached + queries, window) - triangle(cached, window),
         least(cached, window - 1),
     )
 
 
-def _triangle(n: Any, window: int) -> Any:
+def triangle(n: Any, window: int) -> Any:
     """The sum of min(i, W) for i = 1 .. n, as in `flops.admitted_pairs`."""
     inside = least(n, window)
     return inside * (inside + 1) / 2 + (n - inside) * inside

@@ -20,7 +20,7 @@ from harness.theory.layout import Recompute
 FlopConvention = Literal["6n", "6n-matmul", "palm", "forward-x3"]
 
 FLOP_CONVENTIONS: Mapping[FlopConvention, str] = {
-    "6n": "6 FLOP per active parameter, both embeddings counted, no attention term (Kaplan et al. 2020)",
+    "6n": "6 FLOP per active parameter (Kaplan et al. 2020), both embeddings counted, no attention term",
     "6n-matmul": "6 FLOP per active matrix parameter, unembedding counted, no attention term",
     "palm": "6 N + 12 L H h S: attention over the full S x S square, no recomputation (PaLM, appendix B)",
     "forward-x3": "three forward passes, full attention: backward is two products for each of forward's",

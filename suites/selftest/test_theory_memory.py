@@ -69,9 +69,9 @@ def test_more_sharding_never_takes_more(
     shared = training_memory(architecture, hybrid, context=context, microbatches=1)
     assert of_states(shared) >= of_states(kept[3])
     # Shards together hold everything, and at most one padded element a rank and kind more.
-    for one, memory in ((layout, kept[3]), (hybrid, shared)):
+    for one, need in ((layout, kept[3]), (hybrid, shared)):
         ways = shard_ways(one)
-        assert 16 * whole / max(ways) <= of_states(memory) <= 16 * (whole / min(ways) + 2)
+        assert 16 * whole / max(ways) <= of_states(need) <= 16 * (whole / min(ways) + 2)
 
 
 @given(laid_out(), st.integers(1, 20), st.sampled_from(("tensor", "pipeline", "context", "data")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from harness.theory.layout import Layout, Recompute
 from harness.theory.links import links
 from harness.theory.precision import precision
 from harness.theory.steps import training_step
+from harness.theory.vision import CrossAttention
 
 EXACT = 1e-12
 """Relative: the same products in another order."""
@@ -187,6 +189,20 @@ def test_experts_on_other_ranks_spare_only_their_own_reduction() -> None:
     assert count("mixtral-8x7b", moe=shared) == 1
 
 
+@pytest.mark.parametrize(
+    ("tensor", "stages", "data"), [(1, 8, 1), (2, 8, 1), (2, 6, 2), (8, 4, 1), (4, 5, 4), (1, 1, 64)]
+)
+def test_stages_hand_over_inside_an_island_where_they_share_one(tensor: int, stages: int, data: int) -> None:
+    """Hand-overs that leave an island, counted device by device, are those that wait for the network."""
+    hardware = load_hardware("h100")
+    layout = Layout(tensor, stages, data)
+    first = [stage * tensor * data // hardware.island for stage in range(stages)]
+    leaving = sum(a != b for a, b in itertools.pairwise(first))
+    near, far = hardware.island_link.latency, hardware.network_link.latency
+    found = sent_by("llama-3.1-8b", layout).handovers[0]
+    assert found == pytest.approx(leaving * far + (stages - 1 - leaving) * near)
+
+
 @pytest.mark.parametrize("mixing", ["even", "whole", "separate"])
 def test_replicas_serve_each_as_one_alone(mixing: Mixing) -> None:
     """Data-parallel ranks of a dense model answer d times the requests of one, and none of them faster."""
@@ -215,6 +231,19 @@ def test_weights_are_stored_as_they_are_read() -> None:
         unread = sum(n for part, n in counts.items() if part.endswith(small) or part == "router.bias")
         unread += counts["positions"] + counts["embedding"] * (not architecture.tie_embeddings)
         assert kept == pytest.approx(read * hardware.bandwidth.value + 2 * unread, rel=1e-9)
+
+
+def test_cross_attention_multiplies_each_matrix_once() -> None:
+    """FLOPs of a text token that sees nothing and of a visual token are twice all matrices' parameters."""
+    for blocks in (
+        CrossAttention(4096, 1024, 32, 128, 10, 16384),
+        CrossAttention(
+            8192, 1280, 64, 128, 20, 28672, kv_heads=8, gated=True, norm_bias=False, head_norms=True
+        ),
+    ):
+        bare = replace(blocks, norm_bias=False, head_norms=False)
+        matrices = bare.parameters - blocks.blocks * (2 * blocks.d_model + 2)  # norms and gates
+        assert blocks.flops_per_text_token(0) + blocks.flops_per_visual_token() == 2 * matrices
 
 
 def test_arrays_of_layouts_are_their_elements() -> None:

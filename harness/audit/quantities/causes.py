@@ -105,8 +105,11 @@ LAWS = tuple(scaling.EXPERT_LAWS.values())
 def _more_experts_help(active: Any, tokens: Any, loss_law: Any, fewer: float, more: float) -> Any:
     """Whether a law of loss falls from `fewer` to `more` experts at the same active parameters and tokens: 1
     or 0."""
+    numbers = range(1, len(LAWS) + 1)
+    if not np.isin(loss_law, numbers).all():
+        raise ValueError(f"there is no such law of loss; give loss_law 1 to {len(LAWS)}")
     gains = [scaling.gain(law, active, tokens, fewer, more) for law in LAWS]
-    return np.select([loss_law == number for number in range(1, len(LAWS) + 1)], gains) > 0
+    return np.select([loss_law == number for number in numbers], gains) > 0
 
 
 @quantity(
