@@ -109,7 +109,7 @@ def _pinned(spec: Spec, axis: str, values: tuple[Value, ...], text: str) -> Spec
     if table == "architecture" and key in leaf_types():
         spec, before = _with_leaf(spec, key, values, text)
     else:
-        numbers = tuple(sorted(_number(value, axis, text) for value in values))
+        numbers = tuple(sorted(_number(spec, value, axis, text) for value in values))
         if table == "assumptions":
             old = spec.assumptions[key]
             before = old.values
@@ -128,10 +128,12 @@ def _pinned(spec: Spec, axis: str, values: tuple[Value, ...], text: str) -> Spec
     return replace(spec, claims=every, pins=(*spec.pins, pin))
 
 
-def _number(value: Value, axis: str, text: str) -> int | float:
-    least = 0.0 if axis.startswith(tuple(_TABLES)) else -float("inf")
+def _number(spec: Spec, value: Value, axis: str, text: str) -> int | float:
+    table, _, key = axis.partition(".")
+    counted = min(spec.assumptions[key].values) >= 0 if table == "assumptions" else table in _TABLES
+    least = 0.0 if counted else -float("inf")
     if isinstance(value, bool | str | tuple) or not isfinite(value) or value < least:
-        right = "give a number" if least else "give a number of at least 0"
+        right = "give a number of at least 0" if counted else "give a number"
         raise _error(text, f"{value!s} is no value of {axis}", right)
     return value
 

@@ -76,11 +76,25 @@ def _numbers(spec: Spec, leaf: Leaf, values: Iterable[Any]) -> tuple[float, ...]
     return tuple(float(value) for value in values)
 
 
+SHARES = frozenset(
+    f"assumptions.{name}" for name in ("acceptance", "cache_fill", "load", "matmul_efficiency")
+)
+"""Assumptions that are parts of a whole."""
+
+
+def _assumed(spec: Spec, name: str) -> tuple[float, ...]:
+    one = spec.assumptions[name.removeprefix("assumptions.")]
+    beyond = [value for value in one.values if name in SHARES and not 0 <= value <= 1]
+    if beyond:
+        raise SpecError(sentence(spec.path, one.line, name, f"{beyond[0]:g} is no share", "give 0 to 1"))
+    return one.values
+
+
 def table_axis(spec: Spec, name: str) -> Axis | None:
     """The axis of an entry of [training], [serving] or [assumptions]; None if the spec has no such entry."""
     table, _, key = name.partition(".")
     if table == "assumptions":
-        return Axis(name, spec.assumptions[key].values) if key in spec.assumptions else None
+        return Axis(name, _assumed(spec, name)) if key in spec.assumptions else None
     entry = {"training": spec.training, "serving": spec.serving}[table].get(key)
     if entry is None:
         return None

@@ -80,6 +80,7 @@ def simulate(
     At the data sheet's rates, unless --efficiency says what is reached: NAME=VALUE, or constants that were
     fitted to measured serving rows, as measured or of one engine as measured:vllm.
     """
+    import math
     import time
 
     from harness.planning import outcome, simulation
@@ -138,7 +139,7 @@ def simulate(
         record = simulation.simulate(sent, steps, policy, cache, seed=seed, ended=state.step)
         taken = time.process_time() - start
     served = f"{called(document, set_ or ())} in {precision} on {deployment.words()}"
-    comes = f"at {rate:g} a second" if concurrency is None else f"from {concurrency:,} users"
+    comes = "all at once" if rate == math.inf else f"at {rate:g} a second" if rate else f"from {concurrency} users"
     found = outcome.outcome(
         record,
         title=f"{served}, {requests:,} requests of {prompt} and {output} tokens {comes}, {policy.words()}",

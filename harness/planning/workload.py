@@ -18,6 +18,8 @@ LONGEST_S = 1e9
 """Seconds of a load: 32 years, after which a rate is taken for a mistake."""
 LONGEST = 10**7
 """Tokens of one prompt or output, above which a length is taken for a mistake."""
+MOST_VARIATION = 100
+"""Of a lognormal law: half of its lengths are then below a hundredth of the mean."""
 FORMS = "a number, a list as 5,8,4 (repeated), uniform:LOW-HIGH or lognormal:MEAN:CV"
 _LIST = re.compile(r"\d+(,\d+)*")
 _UNIFORM = re.compile(r"uniform:(\d+)-(\d+)")
@@ -94,8 +96,11 @@ def lengths(name: str, text: str, count: int, generator: np.random.Generator) ->
         found = generator.integers(low, high + 1, size=count)
     elif (law := _LOGNORMAL.fullmatch(text)) is not None:
         mean, variation = map(float, law.groups())
-        if mean < 1:
-            raise SpecError(f"{name} {text!r}: a mean of {mean:g} tokens; give 1 or more")
+        if not 1 <= mean <= LONGEST:
+            raise SpecError(f"{name} {text!r}: a mean of {mean:g} tokens; give 1 to {LONGEST:,}")
+        if variation > MOST_VARIATION:
+            wrong = f"a standard deviation of {variation:g} means"
+            raise SpecError(f"{name} {text!r}: {wrong}; give at most {MOST_VARIATION}")
         variance = math.log1p(variation**2)
         drawn = generator.lognormal(math.log(mean) - variance / 2, math.sqrt(variance), size=count)
         found = np.maximum(np.rint(np.minimum(drawn, LONGEST + 1)), 1)

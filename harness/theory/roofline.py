@@ -202,19 +202,13 @@ class Pricer:
         )
 
     def _experts(self, tokens: Any) -> Class:
-        """As `routing.busiest`, with what does not depend on the tokens known."""
+        """Of the busiest rank."""
         assert self.touched is not None
         assert self.architecture.moe is not None
-        n_experts, top_k = self.architecture.moe.n_experts, self.architecture.moe.top_k
-        one, held, largest = self.touched(tokens), self.held, self.largest
-        arrays = self.arrays or isinstance(tokens, np.ndarray)
-        larger, smaller = (np.maximum, np.minimum) if arrays else (max, min)
-        distinct = smaller(held * one.share + largest * (held * one.share_spread) ** 0.5, held)
-        load = held * one.load + largest * (held * one.load_spread) ** 0.5
-        if self.skew:
-            others = (tokens * top_k - one.hottest) / max(n_experts - 1, 1)
-            load = larger(load, one.hottest + (held - 1) * others)
-        load = smaller(load, tokens * smaller(top_k, held))
+        moe = self.architecture.moe
+        distinct, load = routing.busiest(
+            self.touched(tokens), moe.n_experts, moe.top_k, tokens, self.held, self.largest
+        )
         return load * self.expert_assignment, distinct * self.expert_read
 
 

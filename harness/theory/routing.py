@@ -224,12 +224,15 @@ def busiest_rank(n_experts: Any, top_k: Any, tokens: Any, ranks: Any, skew: floa
     T min(K, n). Tested against `exact_busiest_rank` and against simulation: within 5 % where a rank holds
     several experts; for the load of single experts see `most_loaded_expert`.
     """
-    return busiest(touched(n_experts, top_k, tokens, skew), n_experts, top_k, tokens, ranks)
+    one, largest = touched(n_experts, top_k, tokens, skew), expected_maximum_normal(ranks)
+    return busiest(one, n_experts, top_k, tokens, n_experts / ranks, largest)
 
 
-def busiest(one: Touched, n_experts: Any, top_k: Any, tokens: Any, ranks: Any) -> tuple[Any, Any]:
-    """`busiest_rank` from the moments of one expert."""
-    held, largest = n_experts / ranks, expected_maximum_normal(ranks)
+def busiest(
+    one: Touched, n_experts: Any, top_k: Any, tokens: Any, held: Any, largest: Any
+) -> tuple[Any, Any]:
+    """`busiest_rank` from the moments of one expert: a rank holds `held`, and `largest` is the largest of as
+    many standard normals as there are ranks."""
     distinct = least(held * one.share + largest * (held * one.share_spread) ** 0.5, held)
     load = held * one.load + largest * (held * one.load_spread) ** 0.5
     others = (tokens * top_k - one.hottest) / most(n_experts - 1, 1)
