@@ -3,6 +3,9 @@
 A candidate starts from numbers in memory (no files) and gives its answer once. Candidates take turns within
 every round, so that what disturbs the machine disturbs all of them; time is CPU time of this process, and
 ratios are of medians. Answers stand beside the times: who charges other work has no faster way to the same.
+
+Calculon (Isaev et al. 2023) would be a third: it is published as no package, and the one of that name on
+PyPI is another program.
 """
 
 from __future__ import annotations
@@ -40,6 +43,17 @@ UNITS = {DECODE: ("ms", 1e3), STEP: ("s", 1.0), MEMORY: ("GB", 1e-9)}
 BATCH, CONTEXT, MICROBATCHES, SEQUENCE = 32, 2048, 64, 4096
 TRAINED = Layout(tensor_parallel=8, pipeline_parallel=8, recompute="full")
 
+CHARGES: Mapping[tuple[str, str], str] = {
+    (OURS, DECODE): "experts that 32 tokens are expected to hit; two all-reduces a layer",
+    (LLM_FLOPS, DECODE): "two experts of eight at any batch; no communication",
+    (LLM_ANALYSIS, DECODE): "all eight experts at any batch",
+    (OURS, STEP): "the pipeline's bubble, all communication exposed, memory-bound kernels",
+    (LLM_ANALYSIS, STEP): "no bubble",
+    (OURS, MEMORY): "stage 0: seven more microbatches in flight, its embedding",
+    (LLM_ANALYSIS, MEMORY): "one microbatch in flight",
+}
+"""What an answer counts, where answers differ."""
+
 REPEATS = 20
 """Estimates between two looks at the clock: one is near its resolution."""
 MANY = 10_000
@@ -62,8 +76,9 @@ def run(*, rounds: int, step: Callable[[str], object]) -> list[Table]:
         seconds = _timed(candidates, rounds, partial(step, work))
         for name, each in seconds.items():
             ratio = f"{each / seconds[OURS]:.2f}"
-            rows.append((work, name, f"{answers[name] * factor:.4g} {unit}", f"{each * 1e6:.1f}", ratio))
-    headers = ("work", "program", "answer", "us of CPU per estimate", "of ours")
+            answer, charged = f"{answers[name] * factor:.4g} {unit}", CHARGES.get((name, work), "")
+            rows.append((work, name, answer, f"{each * 1e6:.1f}", ratio, charged))
+    headers = ("work", "program", "answer", "us of CPU per estimate", "of ours", "what it charges")
     missing = f"; not installed: {', '.join(absent)}" if absent else ""
     return [Table(f"One estimate, medians of {rounds} rounds{missing}", headers, tuple(rows)), _many(rounds)]
 

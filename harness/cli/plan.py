@@ -103,6 +103,9 @@ def plan(
         if source is not None and source.name != "DEFAULT":
             option = f"--{name.replace('_', '-')}"
             raise typer.BadParameter(f"{option} means nothing with --goal {goal}; leave it out")
+    names = [text.partition("=")[0].strip() for text in efficiency or ()]
+    if goal is Goal.train and (alone := [name for name in names if name in training.SERVED_ALONE]):
+        raise typer.BadParameter(f"--efficiency {alone[0]} means nothing with --goal train; leave it out")
     document = load(spec)
     question = Question(
         architecture=completed(document, set_ or ()),

@@ -80,14 +80,13 @@ def simulate(
     At the data sheet's rates, unless --efficiency says what is reached: NAME=VALUE, or constants that were
     fitted to measured serving rows, as measured or of one engine as measured:vllm.
     """
-    import math
     import time
 
     from harness.planning import outcome, simulation
     from harness.planning.deployment import Deployment, divided
     from harness.planning.scheduling import Policy
     from harness.planning.settings import called, completed, efficiency_of, refuse_price, refuse_skew
-    from harness.planning.workload import workload
+    from harness.planning.workload import pace, workload
     from harness.spec import load
     from harness.spec.hardware import load_hardware
     from harness.theory.precision import precision as formats
@@ -138,11 +137,11 @@ def simulate(
         start = time.process_time()
         record = simulation.simulate(sent, steps, policy, cache, seed=seed, ended=state.step)
         taken = time.process_time() - start
+    asked = f"{requests:,} requests of {prompt} and {output} tokens {pace(rate, concurrency)}"
     served = f"{called(document, set_ or ())} in {precision} on {deployment.words()}"
-    comes = "all at once" if rate == math.inf else f"at {rate:g} a second" if rate else f"from {concurrency} users"
     found = outcome.outcome(
         record,
-        title=f"{served}, {requests:,} requests of {prompt} and {output} tokens {comes}, {policy.words()}",
+        title=f"{served}, {asked}, {policy.words()}",
         bounds=bounds,
         gpus=gpus,
         gpu_hour_usd=price,

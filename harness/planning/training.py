@@ -31,13 +31,17 @@ from harness.planning.space import TRAINED, WORDS, training_space
 from harness.spec.document import Spec
 from harness.spec.errors import SpecError
 from harness.spec.hardware import Format
+from harness.spec.printed import interval
 from harness.theory import training
+from harness.theory.efficiency import IDEAL
 from harness.theory.precision import precision
 from harness.theory.states import training_memory
 from harness.theory.steps import EXPOSED, Overlap, training_step
 
 TOKENS = 1e12
 """Of a run, where neither the spec nor the user says."""
+SERVED_ALONE = ("cache", "kernel_seconds", "launch_seconds", "sequence_seconds")
+"""Fields of Efficiency that a training step does not meet: no title claims them."""
 LOST = ("recompute", "bubble", "imbalance", "tensor", "expert", "context", "pipeline", "data", "optimizer")
 """Parts of a step's time that are not the model's own computation, as shares of the step."""
 RESULTS = ("gpus", "microbatches", "batch", "seconds", "tokens_per_second", "days", "usd", "memory")
@@ -90,9 +94,20 @@ GOAL = Goal(
 
 
 def tokens_of(document: Spec) -> float:
-    """Tokens of the spec's own training run; TOKENS where it gives none, or several to try."""
+    """Tokens of the spec's own training run; TOKENS where it says nothing of them.
+
+    Where it gives several to try, what its sources print. Raises SpecError where they print several figures,
+    or none.
+    """
     given = document.training.get("tokens", TOKENS)
-    return float(given) if isinstance(given, int | float) else TOKENS
+    if isinstance(given, int | float):
+        return float(given)
+    claims = [claim for claim in document.claims if claim.quantity == "training.tokens"]
+    printed = {interval(reading.value) for claim in claims for reading in claim.readings}
+    if len(printed) != 1:
+        raise SpecError(f"{document.name} has several counts of training tokens to try; give --tokens")
+    (one,) = printed
+    return (one.low + one.high) / 2
 
 
 def plan(
@@ -138,7 +153,8 @@ def plan(
             yield Batch(grid.layout, columns, limits)
 
     of = f"{multiplied}, {tokens:.4g} tokens in steps of {batch_tokens:,.0f}, sequences of {context:,}"
-    asked = replace(question, name=f"{question.name}, {of},")
+    used = replace(question.efficiency, **{name: getattr(IDEAL, name) for name in SERVED_ALONE})
+    asked = replace(question, name=f"{question.name}, {of},", efficiency=used)
     goal = GOAL if question.least_gpus is None else replace(GOAL, axes=("days", "gpus"))
     return search(asked, goal, batches(), sum(map(len, grids)), impossible, watch)
 
@@ -174,6 +190,7 @@ def _evaluated(
     seconds, gpus = step.seconds, layout.devices
     rate = batch * context / seconds
     days = tokens / rate / training.SECONDS_PER_DAY
+    multiplied_flops = training.work_per_token(architecture, context, attention="causal").model
     parts = {name: getattr(step, name) for name in LOST}
     sent = sum(parts[name] for name in ("tensor", "expert", "context", "pipeline", "data"))
     columns = {name: getattr(layout, name) for name in FIELDS} | worst(need, len(grid))
@@ -188,6 +205,6 @@ def _evaluated(
         "usd": training.cost(gpus, days, question.price),
         "mfu": step.mfu,
         "hfu": step.hfu,
-        "mfu_causal": step.compute * question.efficiency.compute / seconds,
+        "mfu_causal": training.mfu(multiplied_flops, rate, gpus, step.peak_flops),
         "sent_share": sent / seconds,
     }

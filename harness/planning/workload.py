@@ -79,6 +79,13 @@ def workload(
     return Workload(prompts, outputs, arrivals(count, rate, streams[2], burstiness=burstiness))
 
 
+def pace(rate: float | None, concurrency: int | None) -> str:
+    """How requests come, in words."""
+    if rate is None:
+        return f"from {concurrency} users"
+    return "all at once" if math.isinf(rate) else f"at {rate:g} a second"
+
+
 def lengths(name: str, text: str, count: int, generator: np.random.Generator) -> NDArray[np.int64]:
     """N lengths in tokens, each 1 or more; `text` is one of FORMS, `name` what a mistake is told by.
 

@@ -60,6 +60,8 @@ def _caches() -> Iterator[Worked]:
         found = terabytes(heads(palm, palm.attention.n_heads, width))
         how = f"2 x {palm.n_layers} layers x 48 x {width} x 2,048 x 512 x 2 bytes"
         yield Worked(f"cache of PaLM, multi-head of {width}", size, found, "TB", how)
+    eight = terabytes(heads(palm, palm.attention.n_heads, 256)) / 2
+    yield Worked("the same with heads of 256, in 8 bits", "3", eight, "TB", "one byte in the place of two")
     many = terabytes(heads(palm, palm.attention.n_heads, 128))
     weights = memory.weight_bytes(palm, "bfloat16") / 1e12
     yield Worked("that cache over the weights", "2.8", many / weights, "x", f"{many:.3f} / {weights:.3f} TB")

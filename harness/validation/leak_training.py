@@ -15,7 +15,7 @@ from harness.validation.shapes import leaked
 from harness.validation.worked import Worked
 
 EXPERT, ATTENTION, ACTIVE, TOTAL, EXPERTS, TOP_K = 111e9, 55e9, 280e9, 1.8e12, 16, 2
-TOKENS, FLOPS, GPUS, BATCH, CONTEXT = 13e12, 2.15e25, 25_000, 60e6, 8192
+TOKENS, FLOPS, GPUS, BATCH, CONTEXT, COST = 13e12, 2.15e25, 25_000, 60e6, 8192, 63e6
 RUN = Layout(8, 15, 208, zero_stage=1)
 """What 24,960 of the 25,000 GPUs make; its middle stages have neither embedding nor unembedding."""
 MIDDLE, LAST = 7, 14
@@ -73,6 +73,11 @@ def shape() -> Iterator[Worked]:
         "",
         "2 d^2 in each of 120 layers, key and value heads left out",
     )
+    one = leaked(heads=84, kv_heads=1)
+    wider = one.model_copy(update={"attention": one.attention.model_copy(update={"n_heads": 168})})
+    twice = parameters.by_component(wider)["attention.projections"]
+    how = f"168 query heads of 128, one key and one value head, at {width:,}"
+    yield Worked("multi-query attention with queries twice as wide", "55e9", twice, "parameters", how)
     wide = 14848
     yield Worked(
         "d_ff over d_model at d_model 14848",
@@ -138,6 +143,16 @@ def _compute() -> Iterator[Worked]:
     for days, shown in ((90, "54e6"), (100, "60e6"), (105, "63e6")):
         found = training.cost(GPUS, days, 1.0)
         yield Worked(f"cost of {days} days", shown, found, "USD", f"25,000 x {days} x 24 h at 1 USD")
+    least, most = (training.cost(GPUS, days, 1.0) for days in (100, 90))
+    for name, shown, below in (("least", "5", least), ("most", "15", most)):
+        found = 100 * (COST / below - 1)
+        how = f"63e6 over {below:,.0f} USD"
+        yield Worked(f"63e6 USD is off by, at {name}", shown, found, "%", how)
+    found = COST / least
+    yield Worked("price of an A100-hour at which 100 days cost 63e6", "1.05", found, "USD", "63e6 over 60e6")
+    for shown, figure in (("0.5", 6 * worked * TOKENS), ("1.6", 6 * ACTIVE * TOKENS)):
+        how = f"{figure:.4g} over 2.15e25, of {figure / (6 * TOKENS):,.0f} parameters"
+        yield Worked("training FLOPs over the leak's", shown, 100 * (figure / FLOPS - 1), "%", how)
     h100, gpus, days = load_hardware("h100"), 8192, 55
     found = training.cost(gpus, days, 2.0)
     yield Worked("cost on 8,192 H100", "21.63e6", found, "USD", "8,192 x 55 x 24 h at 2 USD")
@@ -197,6 +212,7 @@ def _memory() -> Iterator[Worked]:
 def _batch() -> Iterator[Worked]:
     replicas = GPUS / (8 * 15)
     yield Worked("replicas", "208.33", replicas, "", "25,000 / (8 x 15): 208 take 24,960 GPUs")
+    yield Worked("replicas of 24,000 GPUs", "200", 24_000 / (8 * 15), "", "24,000 / (8 x 15)")
     yield Worked("layers of a stage", "8", leaked().n_layers / 15, "layers", "120 / 15")
     each = routing.tokens_per_expert(BATCH, EXPERTS, TOP_K)
     yield Worked("tokens of an expert in a batch", "7.5e6", each, "tokens", "60e6 x 2 / 16")

@@ -49,6 +49,7 @@ def answered(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
         ((*SERVE, "--batch-tokens", "5"), "--batch-tokens means nothing with --goal serve"),
         ((*SERVE, "--context", "5"), "--context means nothing with --goal serve"),
         ((*SERVE, "--tokens", "5"), "--tokens means nothing with --goal serve"),
+        ((*TRAIN, "--efficiency", "cache=0.5"), "--efficiency cache means nothing with --goal train"),
         ((*SERVE, "--overlap", "expert=1"), "--overlap means nothing with --goal serve"),
         (
             ("simulate", "mixtral-8x7b", "--example"),
@@ -167,6 +168,14 @@ def test_a_title_says_what_was_changed(capsys: pytest.CaptureFixture[str]) -> No
     assert "at compute 0.5, 20 requests of 1024 and 256 tokens all at once" in title
 
 
+def test_training_by_measured_constants_names_those_that_it_uses(capsys: pytest.CaptureFixture[str]) -> None:
+    """What was fitted to serving alone is no part of a training plan's title."""
+    for line, named in ((TRAIN, False), (SERVE, True)):
+        title = answered(capsys, *line, "--efficiency", "measured")["title"]
+        assert "compute 0." in title
+        assert ("kernel_seconds" in title) is named
+
+
 def test_a_format_that_is_given_twice_is_tried_once(capsys: pytest.CaptureFixture[str]) -> None:
     """Equal precisions do not double the layouts that are counted."""
     once, twice = (answered(capsys, *SERVE, *("--precision", "bfloat16") * n) for n in (1, 2))
@@ -200,8 +209,10 @@ def test_no_plan_computes_faster_than_its_hardware(name: str, capsys: pytest.Cap
 def test_no_first_token_comes_before_its_prompt_can_be_read(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A prompt is read by the ranks that hold a copy of the model: TTFT is at least its attention's and dense
-    matrices' FLOP over their peak, however many data-parallel ranks there are."""
+    """A prompt is not divided over data-parallel ranks.
+
+    TTFT is at least the FLOP of its attention's matrices over the peak of the ranks that share them.
+    """
     architecture, prompt = load(name).architecture, 4096
     attention = architecture.attention
     width = 2 * attention.head_dim * (attention.n_heads + attention.n_kv_heads)
@@ -272,7 +283,9 @@ def test_small_specs_of_every_kind_are_answered(
     for line in (("describe", "--context", "16"), ("audit",), ("solve",)):
         answered(capsys, line[0], str(path), *line[1:])
     place = (str(path), "--hardware", "h100", "--gpus", "4", "--goal")
-    trained = answered(capsys, "plan", *place, "train", "--batch-tokens", "4096", "--context", "16")
+    trained = answered(
+        capsys, "plan", *place, "train", "--batch-tokens", "4096", "--context", "16", "--tokens", "1e9"
+    )
     served = answered(capsys, "plan", *place, "serve", "--prompt", "8", "--output", "4")
     for one in trained["ranked"] + served["ranked"]:
         assert all(value >= 0 for value in one.values() if isinstance(value, int | float))

@@ -11,7 +11,6 @@ from harness.theory import batching, routing, serving, speculation
 
 # What fits a GPU beside the weights
 
-MEMORY = "serving memory"
 _CACHED = "2 * layers / pipeline_parallel * kv_heads * head_dim * bytes_per_element"
 
 
@@ -31,14 +30,14 @@ def _held(
 @quantity(
     "serving.memory_exceeded",
     "B",
-    MEMORY,
+    "memory of a context",
     "total * bytes_per_parameter / (tensor_parallel * pipeline_parallel)"
-    f" + batch * context * cache_fill * {_CACHED}",
+    f" + sequences_in_flight * context * cache_fill * {_CACHED}",
     "parameters.total",
     "serving.tensor_parallel",
     "serving.pipeline_parallel",
     "serving.bytes_per_parameter",
-    "serving.batch",
+    "assumptions.sequences_in_flight",
     "assumptions.cache_fill",
     side="most",
 )
@@ -47,7 +46,7 @@ def _memory_exceeded(
     tensor_parallel: Any,
     pipeline_parallel: Any,
     bytes_per_parameter: Any,
-    batch: Any,
+    sequences_in_flight: Any,
     cache_fill: Any,
     context: float,
     layers: float,
@@ -55,16 +54,16 @@ def _memory_exceeded(
     head_dim: float,
     bytes_per_element: float,
 ) -> Any:
-    """Bytes that one GPU needs: whatever memory is below them, the model does not run in at that batch."""
+    """Bytes that one GPU needs for so many sequences: the model does not run in any memory below them."""
     weights = total * bytes_per_parameter / (tensor_parallel * pipeline_parallel)
     one = _held(context, cache_fill, pipeline_parallel, layers, kv_heads, head_dim, bytes_per_element)
-    return weights + batch * one
+    return weights + sequences_in_flight * one
 
 
 @quantity(
     "serving.batch_is_limited",
     "",
-    MEMORY,
+    "memory of a batch",
     "(memory - total * bytes_per_parameter / (tensor_parallel * pipeline_parallel))"
     f" / (context * cache_fill * {_CACHED}) < batch",
     "parameters.total",

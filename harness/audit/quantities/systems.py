@@ -93,7 +93,8 @@ def _training_weights(
     "training.spare_memory",
     "B",
     STATES,
-    "gpu_memory - total / (tensor_parallel * pipeline_parallel) * ("
+    "gpu_memory - total / (tensor_parallel * pipeline_parallel)"
+    " * (1 - experts_share + experts_share / expert_ranks) * ("
     "weight_bytes / (gpus / (tensor_parallel * pipeline_parallel)) ** (zero_stage >= 3)"
     " + gradient_bytes / (gpus / (tensor_parallel * pipeline_parallel)) ** (zero_stage >= 2)"
     " + optimizer_bytes / (gpus / (tensor_parallel * pipeline_parallel)) ** (zero_stage >= 1))",
@@ -103,6 +104,7 @@ def _training_weights(
     "training.zero_stage",
     "training.gpus",
     "training.gpu_memory",
+    "assumptions.expert_ranks",
 )
 def _spare_memory(
     total: Any,
@@ -111,11 +113,17 @@ def _spare_memory(
     zero_stage: Numbers,
     gpus: Numbers,
     gpu_memory: Numbers,
+    expert_ranks: Numbers,
     weight_bytes: float,
     gradient_bytes: float,
     optimizer_bytes: float,
+    experts_share: float,
 ) -> Any:
-    """ZeRO (arXiv 1910.02054), section 3.1: stage 1 shards Adam's states, 2 gradients too, 3 all."""
+    """ZeRO (arXiv 1910.02054), section 3.1: stage 1 shards Adam's states, 2 gradients too, 3 all.
+
+    Experts may besides be divided over `expert_ranks` data-parallel ranks; their states are then sharded
+    over that many fewer of them, which leaves a few bytes more than is counted here.
+    """
     ways = tensor_parallel * pipeline_parallel
     replicas = gpus / ways
     per_parameter = (
@@ -123,7 +131,8 @@ def _spare_memory(
         + gradient_bytes / np.where(zero_stage >= 2, replicas, 1)
         + optimizer_bytes / np.where(zero_stage >= 1, replicas, 1)
     )
-    return gpu_memory - total / ways * per_parameter
+    kept = 1 - experts_share + experts_share / expert_ranks
+    return gpu_memory - total / ways * kept * per_parameter
 
 
 @quantity(
@@ -178,17 +187,31 @@ def _active_growth(active: Any, baseline: float) -> Any:
 
 
 @quantity(
-    "serving.cost_per_1k_tokens",
+    "serving.least_cost_per_1k_tokens",
     "USD",
-    "serving cost",
+    "price",
     "gpus * gpu_hour_usd / 3600 * 1000 * 2 * active / (gpus * peak_flops)",
     "parameters.active",
     "training.gpu_hour_usd",
     side="least",
 )
-def _serving_cost(active: Any, gpu_hour_usd: Any, gpus: float, peak_flops: float) -> Any:
+def _least_cost(active: Any, gpu_hour_usd: Any, gpus: float, peak_flops: float) -> Any:
     """The floor at which every FLOP of the peak is used; memory and network can only add to it."""
     return serving.minimal_cost_per_1k_tokens(2 * active, gpus, peak_flops, gpu_hour_usd)
+
+
+@quantity(
+    "serving.cost_per_1k_tokens",
+    "USD",
+    "serving cost",
+    "gpus * gpu_hour_usd / 3600 * 1000 * 2 * active / (gpus * peak_flops * serving_mfu)",
+    "parameters.active",
+    "training.gpu_hour_usd",
+    "assumptions.serving_mfu",
+)
+def _serving_cost(active: Any, gpu_hour_usd: Any, serving_mfu: Any, gpus: float, peak_flops: float) -> Any:
+    """At the share of the peak that serving reaches: batch, context and the mix of prompts decide it."""
+    return serving.minimal_cost_per_1k_tokens(2 * active, gpus, peak_flops * serving_mfu, gpu_hour_usd)
 
 
 @quantity(
