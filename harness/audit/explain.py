@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from harness.audit.deciders import Decider
-from harness.audit.derivation import derivation, in_own_unit, result, steps
+from harness.audit.derivation import derivation, steps
 from harness.audit.verdicts import Conflict, Finding, Judged, Verdict, judge
 from harness.audit.wording import cases, decided, dimensions, listed, meant, number, short, span, theory
 from harness.spec import Spec, SpecError
@@ -69,9 +69,7 @@ def _finding(spec: Spec, finding: Finding) -> Iterator[str]:
     quantity = finding.test.quantity
     yield f"  {quantity.name}, judged over the block {finding.block}:"
     yield from (f"    {step}" for step in steps(spec, finding))
-    value = result(spec, finding)
-    own = in_own_unit(finding, value)
-    yield f"    {derivation(spec, finding)}" + (f" = {own}" if own else "")
+    yield from (f"    {line}" for line in derivation(spec, finding))
     where = dimensions(spec, finding.example)
     if where:
         yield f"    at {where}"

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from harness.audit.axes import Numbers
-from harness.spec import Architecture
+from harness.audit.formula import renamed
 from harness.spec.printed import interval
 
 Side = Literal["exact", "least", "most"]
@@ -48,7 +48,7 @@ class Quantity:
     side: Side
     compute: Callable[..., Any]
     formula: str
-    """In Python's own syntax, over the arguments and, for an architecture, over `terms`."""
+    """As `harness.audit.formula` reads it, over the arguments and, for an architecture, over `terms`."""
 
     def bound(self, given: Mapping[str, Any]) -> Quantity:
         """The same where a claim's constants fix some axes, or name axes of the spec for arguments."""
@@ -70,7 +70,7 @@ class Quantity:
             given=tuple(name for name in (*self.given, *constants) if name not in named),
             optional=tuple(name for name in self.optional if name not in named),
             compute=compute,
-            formula=re.sub(r"[A-Za-z_]\w*", lambda name: arguments.get(name[0], name[0]), self.formula),
+            formula=renamed(self.formula, arguments),
         )
 
     def range(self, arguments: Mapping[str, Any], given: Mapping[str, Any]) -> Range:
@@ -79,23 +79,39 @@ class Quantity:
         A figure among the `given` constants is taken at both ends of its interval: every closed form here is
         monotone in each of them.
         """
-        constants = {
-            name: _ends(given[name]) for name in (*self.given, *self.optional, *arguments) if name in given
-        }
-        corners = [
-            np.asarray(
-                self.compute(**{**arguments, **dict(zip(constants, ends, strict=True))}), dtype=np.float64
-            )
-            for ends in product(*constants.values())
-        ]
-        low, high = corners[0], corners[0]
-        for corner in corners[1:]:
-            low, high = np.minimum(low, corner), np.maximum(high, corner)
+        low, high = self.ends(arguments, given)
         if self.side == "least":
             high = np.full((1,) * low.ndim, np.inf)
         elif self.side == "most":
             low = np.full((1,) * high.ndim, -np.inf)
         return Range(low, high)
+
+    def ends(self, arguments: Mapping[str, Any], given: Mapping[str, Any]) -> Range:
+        """The closed form alone, at the ends of every figure among the `given` constants."""
+        constants = self._constants(arguments, given)
+        spans = [_ends(value) for value in constants.values()]
+        named = [dict(zip(constants, one, strict=True)) for one in product(*spans)]
+        corners = [self._at({**arguments, **one}) for one in named]
+        low, high = corners[0], corners[0]
+        for corner in corners[1:]:
+            low, high = np.minimum(low, corner), np.maximum(high, corner)
+        return Range(low, high)
+
+    def nominal(self, arguments: Mapping[str, Any], given: Mapping[str, Any]) -> Numbers:
+        """The closed form alone, at the number that every figure among the `given` constants prints."""
+        constants = self._constants(arguments, given)
+        return self._at({**arguments, **{name: middle(value) for name, value in constants.items()}})
+
+    def spans(self, given: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+        """The figures among the `given` constants, each between the ends of its interval."""
+        found = {name: _ends(value) for name, value in self._constants({}, given).items()}
+        return {name: (ends[0], ends[-1]) for name, ends in found.items() if len(ends) > 1}
+
+    def _constants(self, arguments: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: given[name] for name in (*self.given, *self.optional, *arguments) if name in given}
+
+    def _at(self, values: Mapping[str, Any]) -> Numbers:
+        return np.asarray(self.compute(**values), dtype=np.float64)
 
 
 def is_axis(name: str) -> bool:
@@ -118,16 +134,4 @@ def _ends(constant: Any) -> tuple[Any, ...]:
 def middle(constant: Any) -> Any:
     """A given constant as one number: a printed figure as its middle, anything else as it is."""
     ends = _ends(constant)
-    return ends[0] if len(ends) == 1 else (ends[0] + ends[1]) / 2
-
-
-def substituted(formula: str, names: Mapping[str, Any], show: Callable[[float], str]) -> str:
-    """The formula with every name that is known replaced by its number."""
-
-    def replace(match: re.Match[str]) -> str:
-        value = names.get(match[0])
-        if isinstance(value, list):
-            return f"({', '.join(show(float(one)) for one in value)})"
-        return match[0] if value is None or isinstance(value, (str, Architecture)) else show(float(value))
-
-    return re.sub(r"[A-Za-z_]\w*", replace, formula)
+    return ends[0] if len(ends) == 1 else float(f"{(ends[0] + ends[1]) / 2:.12g}")

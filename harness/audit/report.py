@@ -205,7 +205,7 @@ class Audit:
                     "unit": finding.test.readings[0].unit,
                     "completions": finding.admitted,
                     "holding": finding.holding,
-                    "derivation": derivation(self.spec, finding),
+                    "derivation": list(derivation(self.spec, finding)),
                     "assumptions": {name: list(found) for name, found in finding.assumptions.items()},
                     "holds_at_what_is_assumed": finding.assumed,
                     "turns_with": {one.axis: list(one.values) for one in finding.steps},

@@ -6,7 +6,9 @@ Letters: B requests that decode, g drafted tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -18,6 +20,8 @@ Batching = Literal["static", "continuous"]
 MOST_DRAFT_COST = 100
 """Of drafting one token, in passes of the model that it is to make quicker."""
 Floats = NDArray[np.float64]
+DRAWN = 2**16
+"""Rounds whose drafts are drawn at once."""
 
 
 class StepTime(Protocol):
@@ -98,33 +102,94 @@ class Policy:
             )
 
 
+class Drafts:
+    """Drafts that stand, drawn for many requests at once: in each round one of g at least i with chance a^i."""
+
+    def __init__(self, length: int, acceptance: float, generator: np.random.Generator) -> None:
+        self.length, self.acceptance, self.generator = length, acceptance, generator
+        self.stood = np.zeros(1)
+        """Drafts that stood in all rounds before each, of the rounds that are drawn and not used."""
+
+    def draw(self, left: int) -> tuple[int, Floats]:
+        """Rounds in which a request decides `left` tokens, 1 or more, and drafts that stood before each [rounds].
+
+        Uses up as many draws as there are tokens, whatever stands.
+        """
+        if len(self.stood) <= left:
+            drawn = np.cumsum(self._standing(max(left, DRAWN)))
+            self.stood = np.append(self.stood, self.stood[-1] + drawn)
+        stood, self.stood = self.stood[: left + 1] - self.stood[0], self.stood[left:]
+        rounds = int(np.searchsorted(stood + np.arange(left + 1), left))
+        return rounds, stood[:rounds]
+
+    def _standing(self, count: int) -> NDArray[np.int64]:
+        if self.acceptance == 1:
+            return np.full(count, self.length)
+        return np.minimum(self.generator.geometric(1 - self.acceptance, size=count) - 1, self.length)
+
+
 class Sums:
-    """Sums over requests that decode, for rounds to come: a ring, to which each request is added once."""
+    """Sums over the requests that decode, in this round and in those to come.
+
+    A context grows by a token each round, so that the sum of all is a number and the batch times the round.
+    What is more (drafts that stood) and less (windows that a short context does not fill) is in a ring, to
+    which each request is added once.
+    """
 
     def __init__(self, rounds: int, window: int | None, verified: int) -> None:
-        self.size = rounds + 1
-        self.window, self.verified = window, verified
-        self.rows = np.zeros((3, self.size))
-        """Cached tokens; of them those in a window, and pairs of query and key on a window layer."""
+        self.size, self.verified = rounds + 1, verified
+        self.window = 0 if window is None else window
+        self.sum = 0
+        """Of prompts less the rounds in which they began to decode."""
+        self.near, self.near_pairs = (0, 0) if window is None else (window - 1, verified * window)
+        """Of one request: cached tokens in a full window, and pairs of query and key on a window layer."""
+        self.ring = np.zeros((3, self.size))
+        """What is to be added to the three sums."""
+        self.until = 0
+        """The round from which the ring holds nothing."""
 
-    def add(self, start: int, contexts: Floats) -> None:
-        """A request that has `contexts` tokens in its cache in the rounds from `start` on."""
-        rows = [contexts]
-        if self.window is not None:
-            met = [np.minimum(contexts + i, self.window) for i in range(1, self.verified + 1)]
-            rows += [np.minimum(contexts, self.window - 1), np.sum(met, axis=0)]
-        first = start % self.size
-        here = min(len(contexts), self.size - first)
-        for row, values in zip(self.rows, rows, strict=False):
-            row[first : first + here] += values[:here]
-            row[: len(values) - here] += values[here:]
+    def add(self, start: int, prompt: int, rounds: int, stood: Floats | None) -> None:
+        """A request decodes from round `start` on; `stood`: drafts that stood before each of its rounds."""
+        self.sum += prompt - start
+        if stood is not None:
+            self._ring(0, start, stood)
+        if prompt < self.near:
+            contexts = prompt + np.arange(rounds) + (0 if stood is None else stood)
+            missing = [np.minimum(contexts + i - self.window, 0) for i in range(1, self.verified + 1)]
+            self._ring(1, start, missing[0])
+            self._ring(2, start, np.sum(missing, axis=0))
 
-    def ahead(self, start: int, count: int) -> list[tuple[float, float, float]]:
-        """The sums of the next rounds: `count` of them, or up to the end of the ring."""
-        first = start % self.size
-        return list(zip(*self.rows[:, first : first + count].tolist(), strict=True))
+    def end(self, now: int, prompt: int, rounds: int) -> None:
+        """The request has ended in round `now`."""
+        self.sum -= prompt - (now - rounds)
 
-    def over(self, start: int, count: int) -> None:
+    def next(self, start: int, batch: int) -> tuple[float, float, float]:
+        """Cached tokens of a batch in the next round, of them those in a window, and pairs on a window layer."""
+        whole = self.sum + batch * start, batch * self.near, batch * self.near_pairs
+        if start >= self.until:
+            return whole
+        more = self.ring[:, start % self.size].tolist()
+        return whole[0] + more[0], whole[1] + more[1], whole[2] + more[2]
+
+    def ahead(self, start: int, rounds: int, batch: int) -> Iterable[tuple[float, float, float]]:
+        """The same for so many rounds, or up to the end of the ring."""
+        cached = range(first := self.sum + batch * start, first + batch * rounds, batch)
+        near, near_pairs = batch * self.near, batch * self.near_pairs
+        if start >= self.until:
+            return zip(cached, repeat(near), repeat(near_pairs))
+        here = start % self.size
+        ring = self.ring[:, here : here + rounds].tolist()
+        return [(c + x, near + y, near_pairs + z) for c, x, y, z in zip(cached, *ring)]
+
+    def over(self, start: int, rounds: int) -> None:
         """These rounds are over."""
-        first = start % self.size
-        self.rows[:, first : first + count] = 0
+        if start < self.until:
+            here = start % self.size
+            self.ring[:, here : here + rounds] = 0
+
+    def _ring(self, row: int, start: int, values: Floats) -> None:
+        self.until = max(self.until, start + len(values))
+        ring, here = self.ring[row], start % self.size
+        fitting = min(len(values), self.size - here)
+        ring[here : here + fitting] += values[:fitting]
+        ring[: len(values) - fitting] += values[fitting:]

@@ -7,35 +7,29 @@ pass that ends a prompt gives its first token. A request is admitted, first come
 free and its whole length fits into the cache, so that none is ever preempted. Static batching is a rule of
 admission: a batch holds all slots until its last request has ended.
 
-SimPy holds the clock of clients and server. Between two events that can matter (an arrival that could be
-admitted, a request that ends) the server computes the time of each iteration by itself, in a plain loop.
+First come, first served makes every queue a range of numbers: requests filled .. taken - 1 hold a slot and
+read their prompts, taken .. came - 1 wait. Clients are as plain (a list of times, or a next request for each
+that ends), so that no event is queued anywhere: an iteration costs less than an event of SimPy would.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from heapq import heappop, heappush
-from typing import Any
 
 import numpy as np
-import simpy
-from numpy.typing import NDArray
 
-from harness.planning.scheduling import Cache, Policy, StepTime, Sums
+from harness.planning.scheduling import Cache, Drafts, Policy, StepTime, Sums
 from harness.planning.workload import Workload
 from harness.theory.passes import triangle
 
-Process = Generator[simpy.Event, Any, None]
-
 
 class Server:
-    """One engine: `submit` is what clients call, `serve` its process."""
+    """One engine and its clients; `serve` answers all requests."""
 
     def __init__(
         self,
-        clock: simpy.Environment,
         load: Workload,
         step: StepTime,
         policy: Policy,
@@ -44,88 +38,78 @@ class Server:
         stride: int,
         ended: Callable[[], object],
     ) -> None:
-        self.clock, self.load, self.step, self.policy, self.cache = clock, load, step, policy, cache
-        self.generator, self.stride, self.on_end = np.random.default_rng(seed), stride, ended
+        self.step, self.policy, self.cache = step, policy, cache
+        self.stride, self.on_end = stride, ended
+        self.continuous = policy.batching == "continuous"
+        self.budget = math.inf if policy.chunk is None else policy.chunk
         self.verified = 1 + policy.draft_length
         self.drafting = policy.draft_length * policy.draft_cost
         """Drafting seconds of a round, in passes that decode one token for each request."""
         self.prompts, self.outputs = load.prompts.tolist(), load.outputs.tolist()
         self.need: list[float] = cache.held(load.prompts + load.outputs).tolist()
         count = len(load)
+        self.at = [math.inf] * (count + 1) if load.at is None else [*load.at.tolist(), math.inf]
+        """When each comes by itself: in a closed loop never."""
         self.sent, self.admitted, self.first, self.ended = ([0.0] * count for _ in range(4))
+        if load.at is not None:
+            self.sent = self.at[:-1]
         self.rounds = [0] * count
-        self.over, self.wake = clock.event(), clock.event()
-        self.answers: dict[int, simpy.Event] = {}
-        self.now = 0.0
-        """SimPy's clock, but for what that rounds."""
-        self.waiting: deque[int] = deque()
-        self.filling: deque[list[int]] = deque()
-        """[request, tokens of its prompt that are cached], in order of arrival."""
+        self.came = load.users if load.at is None else 0
+        self.taken = self.filled = 0
+        self.done = 0
+        """Tokens of the first prompt that is not filled; of the others none are cached."""
         self.decoding: list[tuple[int, int]] = []
         """(round at whose beginning it has ended, request): a heap."""
-        self.round = 0
-        self.sums = Sums(max(self.outputs), step.window, 1 + policy.draft_length)
+        self.sums = Sums(max(self.outputs), step.window, self.verified)
+        generator = np.random.default_rng(seed)
+        self.drafts = Drafts(policy.draft_length, policy.acceptance, generator) if policy.draft_length else None
         self.held = 0  # slots
         self.reserved = self.peak = 0.0
         self.left = count
         self.iterations = self.running = 0
-        self.busy = self.filled = self.written = 0.0
+        self.now = self.busy = self.filling = self.written = 0.0
 
-    def submit(self, number: int, at: float) -> simpy.Event:
-        """A request comes; the event is its answer."""
-        self.sent[number] = at
-        self.waiting.append(number)
-        if not self.wake.triggered:
-            self.wake.succeed()
-        answer = self.answers[number] = self.clock.event()
-        return answer
-
-    def serve(self) -> Process:
-        """Iterations for as long as a request holds a slot, else wait for the next."""
-        clock = self.clock
-        while True:
-            while clock.peek() <= self.now:  # whatever happens at this very time happens before the iteration
-                yield clock.timeout(0)
+    def serve(self) -> None:
+        """Iterations for as long as a request holds a slot, else wait for the next, until all are answered."""
+        decoding = self.decoding
+        while self.left:
             self._admit()
-            if self.filling:
+            if self.filled < self.taken:
                 self._mixed()
-            elif self.decoding:
+            elif decoding:
                 self._decode()
             else:
-                self.wake = clock.event()
-                yield self.wake
-                self.now = max(self.now, self.sent[self.waiting[0]])
-                continue
-            yield clock.timeout(max(0.0, self.now - clock.now))
-            while self.decoding and self.decoding[0][0] == self.round:
-                self._end(heappop(self.decoding)[1])
+                self.now = self.at[self.came]
+            while decoding and decoding[0][0] == self.iterations:
+                self._end(heappop(decoding)[1])
 
     def _admit(self) -> None:
-        if not (self.filling or self.decoding):
+        while self.at[self.came] <= self.now:
+            self.came += 1
+        if not (self.decoding or self.filled < self.taken):
             self.held, self.reserved = 0, 0.0
-        elif self.policy.batching == "static":
+        elif not self.continuous:
             return
-        while self.waiting and self.held < self.policy.slots:
-            number = self.waiting[0]
-            if self.reserved + self.need[number] > self.cache.room:
+        while self.taken < self.came and self.held < self.policy.slots:
+            reserved = self.reserved + self.need[self.taken]
+            if reserved > self.cache.room:
                 break
-            self.waiting.popleft()
-            self.filling.append([number, 0])
-            self.admitted[number] = self.now
+            self.admitted[self.taken] = self.now
+            self.taken += 1
             self.held += 1
-            self.reserved += self.need[number]
-        self.peak = max(self.peak, self.reserved)
+            self.reserved = reserved
+            self.peak = max(self.peak, reserved)
 
     def _decode(self) -> None:
         """Iterations of the requests that decode, up to the first that ends or may be joined by another."""
         batch, verified = len(self.decoding), self.verified
-        joinable = self.policy.batching == "continuous" and self.held < self.policy.slots
-        horizon = self.clock.peek() if joinable and not self.waiting else math.inf
-        ahead = self.sums.ahead(self.round, min(self.decoding[0][0] - self.round, self.stride))
+        joinable = self.continuous and self.held < self.policy.slots and self.taken == self.came
+        horizon = self.at[self.came] if joinable else math.inf
+        ahead = min(self.decoding[0][0] - self.iterations, self.stride)
         seconds, drafting, cache = self.step.seconds, self.drafting, self.cache
         tokens, own = batch * verified, batch * verified * (verified + 1) / 2
         now, busy, written, count = self.now, self.busy, self.written, 0
-        for cached, near, near_pairs in ahead:
+        for cached, near, near_pairs in self.sums.ahead(self.iterations, ahead, batch):
             pairs = cached * verified + own
             took = seconds(tokens, tokens, cached, pairs, near, near_pairs, pairs)
             if drafting:
@@ -142,38 +126,42 @@ class Server:
     def _mixed(self) -> None:
         """One iteration in which prompts are filled beside the requests that decode."""
         batch, verified, window = len(self.decoding), self.verified, self.step.window
-        cached, near, near_pairs = self.sums.ahead(self.round, 1)[0]
+        cached, near, near_pairs = self.sums.next(self.iterations, batch)
         pairs = absorbed = cached * verified + batch * verified * (verified + 1) / 2
         tokens = sequences = batch * verified
         alone = drafting = 0.0
         if batch:
             alone = self.step.seconds(tokens, tokens, cached, pairs, near, near_pairs, absorbed)
             drafting = self.drafting and self.drafting * self._plain(batch, cached, near)
-        left = math.inf if self.policy.chunk is None else self.policy.chunk - tokens
-        held, expanded = cached, 0
-        for request in self.filling:
-            number, done = request
-            new = int(min(self.prompts[number] - done, left))
+        number, done, left = self.filled, self.done, self.budget - tokens
+        held, expanded = cached + done, 0
+        while left and number < self.taken:
+            missing = self.prompts[number] - done
+            new = missing if missing <= left else int(left)
             left -= new
-            request[1] += new
-            tokens, sequences = tokens + new, sequences + (new > 0)
-            expanded += done if new else 0
+            tokens += new
+            sequences += 1
+            expanded += done
             pairs += new * done + new * (new + 1) / 2
-            if window is not None and new:
+            if window is not None:
                 near += min(done, window - 1)
                 near_pairs += triangle(done + new, window) - triangle(done, window)
-            held += done
+            if new < missing:
+                done += new
+                break
+            number, done = number + 1, 0
         took = self.step.seconds(
             tokens, sequences, cached + expanded, pairs, near, near_pairs, absorbed, expanded
         )
-        self.filled += took - alone
+        self.filling += took - alone
         took += drafting
         self.now += took
         self.busy += took
         self.written += took * (self.cache.per_token * held + self.cache.per_window_token * near)
-        self._passed(1, batch + len(self.filling))
-        while self.filling and self.filling[0][1] == self.prompts[self.filling[0][0]]:
-            self._decodes(self.filling.popleft()[0])
+        self._passed(1, batch + self.taken - self.filled)
+        for full in range(self.filled, number):
+            self._decodes(full)
+        self.filled, self.done = number, done
 
     def _plain(self, batch: int, cached: float, near: float) -> float:
         """Seconds of a pass that decodes one token for each request."""
@@ -181,40 +169,28 @@ class Server:
         return self.step.seconds(batch, batch, cached, pairs, near, near_pairs, pairs)
 
     def _passed(self, iterations: int, running: int) -> None:
-        self.sums.over(self.round, iterations)
-        self.round += iterations
+        self.sums.over(self.iterations, iterations)
         self.iterations += iterations
         self.running += running * iterations
 
     def _decodes(self, number: int) -> None:
         """A request has its first token, and decodes the rest in rounds of 1 to g + 1 tokens."""
         self.first[number] = self.now
-        left, length = self.outputs[number] - 1, self.policy.draft_length
-        decided = np.arange(1, left + 1)
-        if length and left:
-            decided = np.cumsum(1 + _standing(left, length, self.policy.acceptance, self.generator))
-            decided = decided[: int(np.searchsorted(decided, left)) + 1]
-        self.rounds[number] = len(decided)
-        if left:
-            self.sums.add(self.round, self.prompts[number] + np.append(0.0, decided[:-1]))
-        heappush(self.decoding, (self.round + len(decided), number))
+        rounds, stood = self.outputs[number] - 1, None
+        if self.drafts is not None and rounds:
+            rounds, stood = self.drafts.draw(rounds)
+        self.rounds[number] = rounds
+        self.sums.add(self.iterations, self.prompts[number], rounds, stood)
+        heappush(self.decoding, (self.iterations + rounds, number))
 
     def _end(self, number: int) -> None:
         self.ended[number] = self.now
-        if self.policy.batching == "continuous":
+        self.sums.end(self.iterations, self.prompts[number], self.rounds[number])
+        if self.continuous:
             self.held -= 1
             self.reserved -= self.need[number]
-        self.answers.pop(number).succeed()
-        self.on_end()
         self.left -= 1
-        if not self.left:
-            self.over.succeed()
-
-
-def _standing(
-    count: int, length: int, acceptance: float, generator: np.random.Generator
-) -> NDArray[np.int64]:
-    """How many of g drafted tokens stand, in so many rounds: at least i of them with probability a^i."""
-    if acceptance == 1:
-        return np.full(count, length)
-    return np.minimum(generator.geometric(1 - acceptance, size=count) - 1, length)
+        if self.came < len(self.sent) and self.at[self.came] == math.inf:  # its user sends the next
+            self.sent[self.came] = self.now
+            self.came += 1
+        self.on_end()

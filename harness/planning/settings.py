@@ -99,7 +99,8 @@ def completed(document: Spec, texts: Sequence[str]) -> Architecture:
     missing = [leaf.path for leaf in document.unknowns if leaf.path not in values]
     if missing:
         wanted = " ".join(f"--set architecture.{path}=..." for path in missing)
-        raise SpecError(f"{document.name} does not say {', '.join(missing)}; give {wanted}")
+        where = f"(moe-harness solve {document.name} lists what agrees with its claims)"
+        raise SpecError(f"{document.name} does not say {', '.join(missing)}; give {wanted} {where}")
     architecture = document.complete(values) if values else document.architecture
     if (size := parameters.total(architecture)) > MOST_PARAMETERS:
         wrong = f"{document.name} would have {size:.3g} parameters"

@@ -5,15 +5,14 @@ Letters: N requests.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import simpy
 from numpy.typing import NDArray
 
 from harness.planning.scheduling import ENDLESS, Cache, Floats, Policy, StepTime
-from harness.planning.server import Process, Server
+from harness.planning.server import Server
 from harness.planning.workload import Workload
 from harness.spec.errors import SpecError
 
@@ -57,9 +56,8 @@ def simulate(
 ) -> Record:
     """Serve all requests; `ended` is called after each.
 
-    seed: of the drafts that stand. stride: the server goes through SimPy's queue after so many iterations at
-    the latest, with the same result whatever it is. Raises SpecError where a request fits into no cache,
-    however empty.
+    seed: of the drafts that stand. stride: so many iterations are computed together at most, with the same
+    result whatever it is. Raises SpecError where a request fits into no cache, however empty.
     """
     need = cache.held(load.prompts + load.outputs)
     if (most := float(need.max())) > cache.room:
@@ -68,16 +66,8 @@ def simulate(
             f"a request of {worst:,} tokens takes {most / 1e9:,.3g} GB of cache, and there is room for "
             f"{max(cache.room, 0) / 1e9:,.3g} GB; give shorter requests, or more devices"
         )
-    clock = simpy.Environment()
-    server = Server(clock, load, step, policy, cache, seed, stride or 2**62, ended)
-    clock.process(server.serve())
-    if load.at is None:
-        numbers = iter(range(len(load)))
-        for _ in range(load.users):
-            clock.process(_user(server, numbers))
-    else:
-        clock.process(_arrivals(server, load.at.tolist()))
-    clock.run(until=server.over)
+    server = Server(load, step, policy, cache, seed, stride or 2**62, ended)
+    server.serve()
     return Record(
         load=load,
         policy=policy,
@@ -89,21 +79,7 @@ def simulate(
         iterations=server.iterations,
         running=server.running,
         busy=server.busy,
-        filling=server.filled,
+        filling=server.filling,
         written=server.written / cache.room,
         reserved=server.peak / cache.room,
     )
-
-
-def _arrivals(server: Server, at: list[float]) -> Process:
-    """Requests come at their times, whatever became of those before."""
-    for number, due in enumerate(at):
-        if due > server.clock.now:
-            yield server.clock.timeout(due - server.clock.now)
-        server.submit(number, due)
-
-
-def _user(server: Server, numbers: Iterator[int]) -> Process:
-    """One user of a closed loop sends the next request when the last one is answered."""
-    for number in numbers:
-        yield server.submit(number, server.now)

@@ -18,6 +18,8 @@ GAP = 2
 """Characters between two columns of plain text."""
 PADDING = 2
 """By which tabulate makes a column wider than its header."""
+MANY = 8
+"""Columns of a table that is written row by row where words would have to be broken for it to fit."""
 NOTHING = "(none)"
 """The body of a table without rows."""
 _NUMBER = re.compile(r"-?[\d,]*\.?\d+(e[+-]?\d+)?")
@@ -40,6 +42,8 @@ def render(table: Table, form: Format = "plain", width: int | None = None) -> st
         style = "github"
     elif width is not None and rows:
         title = textwrap.fill(title, width)
+        if len(headers) > MANY and _least(headers, rows) > width:
+            return f"{title}\n{_records(headers, rows, width)}"
         headers, rows = _wrapped(headers, rows, width)
     body = tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True, colalign=aligned)
     body = body if rows or not headers else NOTHING
@@ -72,6 +76,22 @@ def _fit(
             if sum(widths) <= left:
                 return widths, breaks
     return least, _BREAKS[-1]
+
+
+def _least(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """Characters of the narrowest text whose words are whole."""
+    widths = _longest(list(zip(headers, *rows, strict=True)), _BREAKS[0])
+    return sum(widths) + GAP * (len(widths) - 1)
+
+
+def _records(headers: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> str:
+    """Every row as a paragraph of "header cell, header cell"; empty cells are left out."""
+    texts = [
+        ", ".join(f"{name} {cell}" for name, cell in zip(headers, row, strict=True) if cell) for row in rows
+    ]
+    return "\n".join(
+        textwrap.fill(text, width, initial_indent="- ", subsequent_indent="  ") for text in texts
+    )
 
 
 def _longest(columns: Sequence[Sequence[str]], breaks: re.Pattern[str]) -> list[int]:

@@ -218,16 +218,18 @@ def refuse(need: Memory, hardware: Hardware, usable: float = 1.0) -> None:
     wrong = (
         f"one rank needs {need.total / 1e9:,.1f} GB ({listed}), and {hardware.name} has {room / 1e9:,.1f} GB"
     )
-    raise SpecError(f"{wrong} for it; {_advice(parts[0][1])}")
+    raise SpecError(f"{wrong} for it; {_advice(parts[0][1], trains=need.gradients > 0)}")
 
 
-def _advice(part: str) -> str:
+def _advice(part: str, *, trains: bool) -> str:
     """What makes the largest part smaller."""
     return {
         "weights": "give more tensor, pipeline or expert ways, or a smaller format",
         "gradients": "give more tensor or pipeline ways, or ZeRO stage 2",
         "optimizer": "give ZeRO stage 1, or more data-parallel ranks to shard over",
-        "activations": "give a smaller microbatch, or recompute more",
+        "activations": "give a smaller microbatch, or recompute more"
+        if trains
+        else "give a smaller chunk of prompts, or fewer sequences at once",
         "cache": "give a smaller batch or context, or more ways that divide the cache",
         "transient": "gather fewer blocks at once, or give more tensor ways",
     }[part]

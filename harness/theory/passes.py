@@ -9,16 +9,17 @@ the decode steps that run beside it in one batch (SARATHI, arXiv 2308.16369) are
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from harness.spec.architecture import Architecture
-from harness.theory.sharding import least
+from harness.theory.sharding import least, most
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Counts over all sequences and all data-parallel ranks together."""
+    """Counts over all sequences and all data-parallel ranks together, where `spread` as if every rank had as
+    much as the busiest."""
 
     tokens: Any
     """New tokens: what the matrices multiply."""
@@ -35,13 +36,35 @@ class Pass:
     """Pairs of `pairs` that latent attention multiplies as latents: those of decoding."""
     expanded: Any = 0
     """Cached tokens whose latents a prefill chunk makes keys and values of again."""
+    padding: Any = 0
+    """Of `tokens`, those that only ranks without a request of their own seem to have."""
+
+    @property
+    def routed(self) -> Any:
+        """Tokens that there are: what experts see that ranks share, and what users get."""
+        return self.tokens - self.padding
 
     def __add__(self, other: Pass) -> Pass:
         return Pass(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(Pass)))
 
     def divided(self, parts: Any) -> Pass:
         """One of so many equal parts: a microbatch."""
-        return Pass(*(getattr(self, one.name) / parts for one in fields(Pass)))
+        return self._times(1 / parts)
+
+    def spread(self, requests: Any, ranks: Any) -> Pass:
+        """The pass of so many requests on data-parallel ranks, none of which shares a request with others.
+
+        Of n requests the busiest of d ranks has max(1 / d, 1 / n). What is on one rank depends on it alone,
+        so that all counts grow to d times its share; `routed` stays.
+        """
+        factor = most(ranks / most(requests, 1), 1)
+        if isinstance(factor, int | float) and factor == 1:
+            return self
+        lumped = self._times(factor)
+        return replace(lumped, padding=lumped.tokens - self.routed)
+
+    def _times(self, factor: Any) -> Pass:
+        return Pass(*(getattr(self, one.name) * factor for one in fields(Pass)))
 
 
 NOTHING = Pass(0, 0, 0, 0)

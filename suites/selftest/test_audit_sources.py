@@ -104,9 +104,9 @@ def test_one_row_for_each_claim_on_which_documents_differ():
         "0.0049 US cents",
         "0.0049 USD",
         "0.0049 $ cents",
-        "0.0049 USD",
+        "open: 0.0049 USD",
     )
-    assert rows["optimizer-sharding"] == ("1", "-", "1-3", "1-3", "1-3")
+    assert rows["optimizer-sharding"] == ("1", "-", "1-3", "1-3", "open: 1; open: 1-3")
     assert rows["forward-flops"][-1] == "none; 560 as GFLOP"
     assert rows["refinedweb-tokens"][:2] == ("-", "-")
     assert not {"total-parameters", "layers", "serving-gpus"} & set(rows)
@@ -134,7 +134,7 @@ def test_the_sources_are_data_too():
     data = json.loads(json.dumps(LEAK.as_dict(), allow_nan=False))
     (row,) = (one for one in data["disagreements"] if one["claim"] == "optimizer-sharding")
     assert row["documents"] == {"A": "1", "B": "-", "C": "1-3", "D": "1-3"}
-    assert row["admits"] == "1-3"
+    assert row["admits"] == "open: 1; open: 1-3"
     deciders = [f["decider"] for v in data["verdicts"] for f in v["findings"] if f["decider"]]
     assert deciders
     assert all(one["turns"] for one in deciders if one["alone"])

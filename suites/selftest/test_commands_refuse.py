@@ -129,6 +129,10 @@ def test_what_is_said_twice_is_refused(
             (*SIMULATE, "--rate", "1", "--draft-length", "2", "--acceptance", "1", "--draft-cost", "1e300"),
             "2 drafted tokens, each at 1e+300 of a pass, cannot be; give 0 or more at 0 to 100",
         ),
+        (
+            (*SIMULATE, "--rate", "1", "--chunk", "100000000"),
+            "72.0 GB for it; give a smaller chunk of prompts",
+        ),
         ((*AUDIT, "--assume", "acceptance=2"), "assumptions.acceptance: 2 is no share; give 0 to 1"),
         ((*AUDIT, "--assume", "load=0.4,2"), "assumptions.load: 2 is no share; give 0 to 1"),
         ((*AUDIT, "--assume", "matmul_efficiency=-1"), "-1 is no value of assumptions.matmul_efficiency"),

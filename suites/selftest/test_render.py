@@ -96,3 +96,15 @@ def test_an_audit_can_be_read_on_a_terminal(
             assert command(*arguments) == 0
             longest.append(max(map(len, capsys.readouterr().out.splitlines())))
         assert longest[0] <= 120 < longest[1]
+
+
+def test_many_columns_that_do_not_fit_are_written_row_by_row() -> None:
+    """Where words would have to be broken for so many columns, each row is a paragraph with its headers."""
+    headers = tuple(f"header {i}" for i in range(12))
+    table = Table("Wide", headers, (tuple(range(12)), ("", *range(11))))
+    text = render(table, width=60)
+    assert max(map(len, text.splitlines())) <= 60
+    flat = " ".join(text.split())
+    assert "- header 0 0, header 1 1, header 2 2," in flat
+    assert "header 0 ," not in flat
+    assert text.count("\n- ") == 2

@@ -127,12 +127,19 @@ def _even_split(architecture: Architecture, even_on: int, uneven_on: int) -> Any
     return (np.mod(layers, even_on) == 0) & (np.mod(layers, uneven_on) != 0)
 
 
-def terms(architecture: Architecture, context: int = 0) -> dict[str, float]:
-    """Numbers of one architecture under the names that formulas of the block "architecture" use."""
+def terms(architecture: Architecture, context: int = 0, convention: str = "all") -> dict[str, float]:
+    """Numbers of one architecture under the names that formulas of the block "architecture" use.
+
+    What adds up to the total or the active parameters is what `convention` counts of it.
+    """
     counts, active = parameters.by_component(architecture), parameters.active_by_component(architecture)
+    included = parameters.CONVENTIONS[convention].components
     work = flops.token_by_component(architecture, context)
-    experts = counts["experts.weights"] + counts["experts.biases"]
-    attention, heads = parameters.part(architecture, "attention"), architecture.attention
+    total, used = parameters.total(architecture, convention), parameters.active(architecture, convention)
+    routed_names = included & {"experts.weights", "experts.biases"}
+    experts = _sum(counts, routed_names)
+    attention = _sum(counts, frozenset(name for name in included if name.startswith("attention.")))
+    heads = architecture.attention
     plain = (
         2 * architecture.n_layers * architecture.d_model * heads.head_dim * (heads.n_heads + heads.n_kv_heads)
     )
@@ -149,13 +156,13 @@ def terms(architecture: Architecture, context: int = 0) -> dict[str, float]:
         "d_ff": ffn.d_ff,
         "gated": int(ffn.gated),
         "experts": experts,
-        "active_experts": active["experts.weights"] + active["experts.biases"],
+        "active_experts": _sum(active, routed_names),
         "expert_biases": expert - routed * parameters.matrix_parameters(architecture.d_model, ffn),
         "attention": attention,
         "attention_other": attention - plain,
-        "rest": sum(counts.values()) - experts - attention,
-        "total": sum(counts.values()),
-        "active": sum(active.values()),
+        "rest": total - experts - attention,
+        "total": total,
+        "active": used,
         "active_matrices": parameters.active(architecture, "matmul"),
         "scores": work["attention.scores"] + work["attention.values"],
         "embeddings": _embeddings(architecture),
