@@ -230,7 +230,7 @@ def test_an_undetermined_claim_names_what_decides():
         decider = verdict.decisive.decider
         assert decider.holds
         assert decider.fails
-    assert finding(AUDIT, "off-peak-reuse").decider.axis == "assumptions.load"
+    assert finding(AUDIT, "off-peak-reuse", "load").decider.axis == "assumptions.load"
 
 
 OPERATORS = {
