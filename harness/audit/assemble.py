@@ -11,6 +11,7 @@ from typing import Any
 from harness.audit.axes import Axis, architecture_axes, leaf_axis, ordered, table_axis
 from harness.audit.blocks import Block, Test, evaluate, link_axis
 from harness.audit.figures import Figure, Unjudged, figures_of
+from harness.audit.links import left_alone
 from harness.audit.quantities import ARCHITECTURE, LINKS, QUANTITIES, argument
 from harness.audit.quantity import Quantity, is_axis
 from harness.spec import Architecture, Claim, Spec, SpecError
@@ -94,15 +95,16 @@ def _evaluated(
     ]
     blocks: list[Block] = []
     spans: Mapping[str, tuple[float, float]] = {}
+    left: Mapping[str, tuple[float, ...]] = {}
     try:
         if ARCHITECTURE in tests or links:
             blocks.append(evaluate(ARCHITECTURE, spec, whole, tests.get(ARCHITECTURE, []), links))
-            spans = blocks[0].spans
+            spans, left = blocks[0].spans, left_alone(blocks[0])
         for name, axes in names.items():
             if name != ARCHITECTURE:
-                made = {axis: _axis(spec, axis, stated, spans, figures) for axis in axes}
+                made = {axis: _axis(spec, axis, stated, spans, left, figures) for axis in axes}
                 while bases := [a.of for a in made.values() if a.of and a.of not in made]:
-                    made |= {base: _axis(spec, base, stated, spans, figures) for base in bases}
+                    made |= {base: _axis(spec, base, stated, spans, left, figures) for base in bases}
                 blocks.append(evaluate(name, spec, ordered(made.values()), tests[name], ()))
     except ValueError as error:
         if isinstance(error, SpecError):
@@ -117,6 +119,7 @@ def _axis(
     name: str,
     stated: frozenset[str],
     spans: Mapping[str, tuple[float, float]],
+    left: Mapping[str, tuple[float, ...]],
     figures: Mapping[str, tuple[Figure, ...]],
 ) -> Axis:
     if name in LINKS:
@@ -124,7 +127,7 @@ def _axis(
         found = [figure for claim in claims for figure in figures[claim]]
         intervals = [figure.interval for figure in found if figure.interval is not None]
         ends = [(i.low, i.high) for i in intervals if -inf < i.low and i.high < inf]
-        return link_axis(name, spans[name], ends)
+        return link_axis(name, spans[name], ends, left[name])
     if name.startswith("architecture."):
         path = name.removeprefix("architecture.")
         return leaf_axis(spec, spec.leaves[path], stated=path in stated)

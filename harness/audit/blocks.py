@@ -250,8 +250,14 @@ def _codes(grid: Grid, tests: Sequence[Test], values: Values, bad: int) -> Codes
     return np.ascontiguousarray(np.broadcast_to(total, grid.shape)).reshape(-1)
 
 
-def link_axis(name: str, span: tuple[float, float], stated: Sequence[tuple[float, float]]) -> Axis:
-    """A link as an axis: its whole span in geometric steps, and more finely through the intervals `stated`.
+def link_axis(
+    name: str,
+    span: tuple[float, float],
+    stated: Sequence[tuple[float, float]],
+    left: Sequence[float] = (),
+) -> Axis:
+    """A link as an axis: its whole span in geometric steps, more finely through the intervals `stated`, and
+    the values `left` by the architecture's own claims.
 
     Each stated interval is tried at both ends, so that no bound of a claim falls between two steps.
     """
@@ -259,6 +265,5 @@ def link_axis(name: str, span: tuple[float, float], stated: Sequence[tuple[float
     if low == high:
         return Axis(name, (low,))
     fine = [value for ends in stated for value in np.linspace(*ends, 9).tolist()]
-    return Axis(
-        name, tuple(sorted({*np.geomspace(low, high, 60).tolist(), *(v for v in fine if low <= v <= high)}))
-    )
+    within = [value for value in (*fine, *left) if low <= value <= high]
+    return Axis(name, tuple(sorted({low, high, *np.geomspace(low, high, 60).tolist()[1:-1], *within})))

@@ -133,7 +133,7 @@ def _origin(spec: Spec, claim: Claim, name: str, axis: str) -> str:
 
 
 def _in_own_unit(finding: Finding, value: float) -> str:
-    """ = the result in the unit that the figure is printed in, where that is not the quantity's own."""
+    """= the result in the unit that the figure is printed in, where that is not the quantity's own."""
     unit = finding.test.readings[0].unit
     if not finding.test.fits or unit not in UNITS or finding.test.unit.factor == 1:
         return ""

@@ -8,7 +8,18 @@ from typing import Any
 from harness.audit.deciders import Decider
 from harness.audit.derivation import derivation, steps
 from harness.audit.verdicts import Conflict, Finding, Judged, Verdict, judge
-from harness.audit.wording import cases, decided, dimensions, listed, meant, number, short, span, theory
+from harness.audit.wording import (
+    cases,
+    decided,
+    dimensions,
+    joined,
+    listed,
+    meant,
+    number,
+    short,
+    span,
+    theory,
+)
 from harness.spec import Spec, SpecError
 from harness.spec.errors import did_you_mean, sentence
 
@@ -73,6 +84,9 @@ def _finding(spec: Spec, finding: Finding) -> Iterator[str]:
     where = dimensions(spec, finding.example)
     if where:
         yield f"    at {where}"
+    if finding.linked:
+        kept = "where no completion here is; over all values" if finding.apart else "so that only these count"
+        yield f"    the claims on the architecture leave {joined(finding)}, {kept}"
     share = f"{finding.holding:,} of {finding.admitted:,}"
     yield f"    theory: {theory(finding)} where the other claims hold; the figure fits at {share} completions"
     if finding.decider is not None:

@@ -51,10 +51,10 @@ class Optima:
         self.shared = frozenset(name for name, places in homes.items() if len(places) > 1)
         self._sides = [_Side(block, self.shared, self._weights) for block in blocks]
 
-    def admitted(self, claim: str, place: int | None = None) -> dict[int, Patterns]:
+    def admitted(self, claim: str, *places: int) -> dict[int, Patterns]:
         """Block position -> the block's patterns at the optimum of all claims but this one.
 
-        Of the blocks that test the claim only, and of `place`: no other block tells anything about it.
+        Of the blocks that test the claim only, and of `places`: no other block tells anything about it.
         """
         tables = [side.table(claim) for side in self._sides]
         names = self.shared - {claim}
@@ -62,7 +62,7 @@ class Optima:
         return {
             i: side.patterns(_without(tables, names - side.coupled), claim)
             for i, side in enumerate(self._sides)
-            if claim in side.bits or i == place
+            if claim in side.bits or i in places
         }
 
 

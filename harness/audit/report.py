@@ -23,7 +23,7 @@ from harness.audit.sources import (
     prints,
 )
 from harness.audit.verdicts import Conflict, Judged, Outcome, Verdict, judge
-from harness.audit.wording import assumptions, decided, dimensions, span, theory
+from harness.audit.wording import assumptions, decided, dimensions, joined, span, theory
 from harness.spec import Spec
 from harness.theory.describe import Table
 
@@ -148,6 +148,13 @@ class Audit:
         )
 
     def _why(self, verdict: Verdict) -> str:
+        found = verdict.decisive
+        if found is None or not found.apart:
+            return self._reason(verdict)
+        apart = f"though the claims on the architecture leave {joined(found)}"
+        return "; ".join(part for part in (self._reason(verdict), apart) if part)
+
+    def _reason(self, verdict: Verdict) -> str:
         if verdict.outcome == "undetermined":
             return decided(verdict.decisive) if verdict.decisive else ""
         if verdict.outcome != "contradicts":
@@ -157,7 +164,9 @@ class Audit:
             return f"admitted if read {' or '.join(verdict.slips)}"
         conflicts = about(self.conflicts, verdict)
         if not conflicts:
-            return "not with as many of the others as can hold together"
+            one = verdict.decisive
+            left = f", which leave {joined(one)}" if one and one.linked and not one.apart else ""
+            return f"not with as many of the others as can hold together{left}"
         others = [m.claim.id for m in conflicts[0].members if m.claim.id != verdict.claim.id]
         found = assumptions(verdict.decisive) if verdict.decisive else ""
         why = f"not with {', '.join(others)}" if others else "out of reach of every completion"
@@ -205,6 +214,8 @@ class Audit:
                     "unit": finding.test.readings[0].unit,
                     "completions": finding.admitted,
                     "holding": finding.holding,
+                    "linked": {name: list(ends) for name, ends in finding.linked.items()},
+                    "apart": finding.apart,
                     "derivation": list(derivation(self.spec, finding)),
                     "assumptions": {name: list(found) for name, found in finding.assumptions.items()},
                     "holds_at_what_is_assumed": finding.assumed,

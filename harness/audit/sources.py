@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from harness.audit.figures import printed
@@ -17,7 +17,7 @@ OUTCOMES: tuple[Outcome, ...] = (
     "not quantitative",
     "not yet judged",
 )
-"""The best first: a claim with several figures counts as the best of them."""
+"""The best first; what is not judged last."""
 SILENT = "-"
 
 
@@ -70,23 +70,30 @@ def disagreement_table(spec: Spec, found: Sequence[Disagreement]) -> Table:
 
 
 def counts(spec: Spec, verdicts: Iterable[Verdict]) -> dict[str, dict[str, int]]:
-    """How many claims have each outcome: of all "claims", by document, and of our "assumptions".
+    """How often there is each outcome, by what is counted.
 
-    A claim counts once in each, as the best of the figures there; each count is over all claims, so that a
-    document also has those on which it is "silent".
+    "figures" of the sources, and "claims" of theirs "by best figure" and "by worst figure"; for each document
+    the claims by the worst figure that it prints, with those on which it is "silent"; our "assumptions" by
+    figure.
     """
+    verdicts = list(verdicts)
     by_claim = _by_claim(verdicts)
     stated = {c.id: by_claim[c.id] for c in spec.claims if c.kind == "claim"}
-    ours = {c.id: by_claim[c.id] for c in spec.claims if c.kind == "assumption"}
-    found = {"claims": _tally(stated)}
+    ours = [v for v in verdicts if v.claim.kind == "assumption"]
+    found = {
+        "figures": _tally(v.outcome for several in stated.values() for v in several),
+        "claims by best figure": _tally(_best(several) for several in stated.values()),
+        "claims by worst figure": _tally(_worst(several) for several in stated.values()),
+    }
     for name in documents(spec):
-        said = {claim: [v for v in several if name in v.figure.sources] for claim, several in stated.items()}
-        found[name] = {**_tally(said), "silent": sum(not several for several in said.values())}
-    return found | ({"assumptions": _tally(ours)} if ours else {})
+        said = [[v for v in several if name in v.figure.sources] for several in stated.values()]
+        worst = _tally(_worst(several) for several in said if several)
+        found[name] = {**worst, "silent": sum(not several for several in said)}
+    return found | ({"assumptions": _tally(v.outcome for v in ours)} if ours else {})
 
 
 def count_table(spec: Spec, verdicts: Iterable[Verdict]) -> Table:
-    """Verdicts down, documents across."""
+    """Verdicts down; figures, claims and documents across."""
     found = counts(spec, verdicts)
     names = list(found)
     rows: list[tuple[object, ...]] = [
@@ -95,14 +102,23 @@ def count_table(spec: Spec, verdicts: Iterable[Verdict]) -> Table:
     rows.append(("silent", *(found[name].get("silent", SILENT) for name in names)))
     rows.append(("all", *(sum(found[name].values()) for name in names)))
     headers = ("verdict", *(("our assumptions" if name == "assumptions" else name) for name in names))
-    return Table(
-        "Claims by verdict; one with several figures counts as the best of them", headers, tuple(rows)
-    )
+    title = "Verdicts on the sources' figures, on their claims, and on each document's claims by worst figure"
+    return Table(title, headers, tuple(rows))
 
 
-def _tally(claims: Mapping[str, Sequence[Verdict]]) -> dict[str, int]:
-    best = [min((v.outcome for v in several), key=OUTCOMES.index) for several in claims.values() if several]
-    return {outcome: best.count(outcome) for outcome in OUTCOMES}
+def _best(several: Iterable[Verdict]) -> Outcome:
+    return min((v.outcome for v in several), key=OUTCOMES.index)
+
+
+def _worst(several: Sequence[Verdict]) -> Outcome:
+    """Of the figures that are judged, if any is."""
+    judged = [v for v in several if v.outcome in OUTCOMES[:3]]
+    return max((v.outcome for v in judged or several), key=OUTCOMES.index)
+
+
+def _tally(outcomes: Iterable[Outcome]) -> dict[str, int]:
+    found = list(outcomes)
+    return {outcome: found.count(outcome) for outcome in OUTCOMES}
 
 
 def _by_claim(verdicts: Iterable[Verdict]) -> dict[str, list[Verdict]]:

@@ -1,4 +1,11 @@
-"""The audit of a spec: a verdict on every figure, and the smallest conflicts between claims."""
+"""The audit of a spec: a verdict on every figure, and the smallest conflicts between claims.
+
+A verdict is leave-one-out: it is over the completions of a block at which as many of the other claims hold as
+can hold together (`harness.audit.optima`). Where the block takes a count of the architecture as given, only
+those of them are left at which the count lies between the least and the largest that the architecture's own
+block has at that optimum, so that the blocks are joined there; if that leaves none, all of them stay, and the
+finding says so. A smallest conflict is one of a single block, over everything that its axes range over.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +21,7 @@ from harness.audit.blocks import Block, Patterns, Test, Values
 from harness.audit.conflicts import members_of, minimal_conflicts
 from harness.audit.deciders import Decider, Pair, Step, deciders, steps
 from harness.audit.figures import Figure
+from harness.audit.links import Spans, left_by, tried
 from harness.audit.optima import Optima
 from harness.audit.quantities import QUANTITIES
 from harness.audit.units import Unit, slips
@@ -53,6 +61,10 @@ class Finding:
     holds_there: bool
     conventions: tuple[str, ...]
     """Those that the figure may be counted under to hold there, if its claim names none."""
+    linked: Spans
+    """The counts that the block takes from the architecture, and what the claims there leave of them."""
+    apart: bool
+    """Whether no completion here has what they leave, so that the finding is over all values."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +140,11 @@ def judge(spec: Spec) -> Judged:
     tested = [(place, test) for place, block in enumerate(case.blocks) for test in block.tests]
     places = {block.name: place for place, block in enumerate(case.blocks)}
     foreign = [(places[name], test) for name, test in case.foreign if name in places]
-    homes = {test.claim.id: place for place, test in foreign}  # where no figure that fits may be tested
+    homes = {test.claim.id: (place,) for place, test in foreign}  # where no figure that fits may be tested
     tested += foreign
-    admitted = {claim: optima.admitted(claim, homes.get(claim)) for claim in {t.claim.id for _, t in tested}}
+    judged = list(dict.fromkeys(test.claim.id for _, test in tested))
+    admitted = {claim: optima.admitted(claim, *homes.get(claim, ())) for claim in judged}
+    left = left_by(case.blocks, optima, judged)
     found = {place: _selected(block, place, admitted.values()) for place, block in enumerate(case.blocks)}
     verdicts = []
     for claim in spec.claims:
@@ -141,7 +155,7 @@ def judge(spec: Spec) -> Judged:
                 continue
             tests = [(p, t) for p, t in tested if t.claim.id == claim.id and t.readings == figure.readings]
             findings = tuple(
-                _finding(case.blocks[place], test, admitted[claim.id][place], *found[place])
+                _finding(case.blocks[place], test, admitted[claim.id][place], left[claim.id], *found[place])
                 for place, test in tests
             )
             verdicts.append(
@@ -176,9 +190,19 @@ def _outcome(findings: Sequence[Finding]) -> Outcome:
     return "undetermined"
 
 
-def _finding(block: Block, test: Test, admitted: Patterns, values: Values, patterns: Patterns) -> Finding:
+def _finding(
+    block: Block, test: Test, admitted: Patterns, left: Spans, values: Values, patterns: Patterns
+) -> Finding:
     """`values` are completions of the block that some claim needs, `patterns` theirs."""
     mask = np.isin(patterns, admitted)
+    linked = {axis.name: left[axis.name] for axis in block.axes if axis.name in left}
+    joined = mask
+    for axis in block.axes:
+        if axis.name in linked:
+            least, most = tried(axis, linked[axis.name])
+            joined = joined & (values.axes[axis.name] >= least) & (values.axes[axis.name] <= most)
+    apart = not joined.any()
+    mask = mask if apart else joined
     chosen = Values(values.spec, {name: array[mask] for name, array in values.axes.items()})
     count = int(mask.sum())
     holds = _spread(test.holds(chosen), count) if test.fits else np.zeros(count, dtype=np.bool_)
@@ -209,6 +233,8 @@ def _finding(block: Block, test: Test, admitted: Patterns, values: Values, patte
         example,
         bool(holds[first]),
         test.admitting(Values(values.spec, {name: array[[held]] for name, array in chosen.axes.items()})),
+        linked,
+        apart,
     )
 
 

@@ -108,7 +108,7 @@ def decided(finding: Finding) -> str:
         return ""
     ours = "" if finding.assumed is None else f"; {_verb(finding.assumed)} at what is assumed"
     if decider.axis == finding.test.quantity.name:
-        return f"the other claims leave it open: {turning(decider)}{ours}"
+        return f"the other claims leave it open{ours}"
     if decider.alone:
         return f"{short(decider.axis)} decides: {turning(decider)}{ours}"
     if pair is None:
@@ -140,6 +140,12 @@ def cases(pair: Pair, limit: int) -> list[str]:
 
 def _verb(holds: bool) -> str:
     return "holds" if holds else "fails"
+
+
+def joined(finding: Finding) -> str:
+    """What the claims on the architecture leave of the counts that a block takes from it."""
+    left = (f"{short(name)} {span(*ends)}" for name, ends in finding.linked.items())
+    return " and ".join(left)
 
 
 def assumptions(finding: Finding) -> str:

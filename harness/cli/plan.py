@@ -35,7 +35,7 @@ Pairs = list[str] | None
 CONTEXT = 8192
 ONLY = {
     Goal.train: ("batch_tokens", "context", "tokens", "overlap"),
-    Goal.serve: ("prompt", "output", "slo", "skew"),
+    Goal.serve: ("prompt", "output", "slo", "skew", "load_"),
 }
 """Options that another goal has no use for."""
 
@@ -61,6 +61,9 @@ def plan(
     precision: Annotated[Pairs, typer.Option(help="To train in; to serve in (repeatable).")] = None,
     slo: Annotated[Pairs, typer.Option(metavar="NAME=S", help="Serving: tpot=0.03, ttft=2.")] = None,
     skew: Annotated[float, typer.Option(min=0, help="Serving: popularity of experts falls as i^-skew.")] = 0,
+    load_: Annotated[
+        float, typer.Option("--load", help="Serving: share of the day that is served; rent is for all of it.")
+    ] = 1,
     constraints: Annotated[
         Pairs, typer.Option(metavar="TEXT", help="Such as tensor_parallel<=8 (repeatable).")
     ] = None,
@@ -101,7 +104,7 @@ def plan(
     for name in unused:
         source = call.get_parameter_source(name)
         if source is not None and source.name != "DEFAULT":
-            option = f"--{name.replace('_', '-')}"
+            option = f"--{name.strip('_').replace('_', '-')}"
             raise typer.BadParameter(f"{option} means nothing with --goal {goal}; leave it out")
     names = [text.partition("=")[0].strip() for text in efficiency or ()]
     if goal is Goal.train and (alone := [name for name in names if name in training.SERVED_ALONE]):
@@ -146,6 +149,7 @@ def plan(
                 precisions=tuple(precision or ()),
                 slo=pairs(slo or (), "--slo"),
                 skew=skew,
+                load=load_,
                 watch=watch,
             )
     if form is Format.json:

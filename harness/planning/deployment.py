@@ -16,7 +16,7 @@ from harness.spec.hardware import Hardware
 from harness.theory import states
 from harness.theory.efficiency import IDEAL, Efficiency
 from harness.theory.fitting import refuse
-from harness.theory.inference import Pass, Pricer, pricer
+from harness.theory.inference import Pass, Pricer, mixed_times, pricer
 from harness.theory.layout import Layout, check
 from harness.theory.precision import Precision
 from harness.theory.sharding import contents, telling_stages
@@ -29,15 +29,15 @@ class Priced:
     """Step times of `harness.theory.inference`, quick for passes of a size that was priced before.
 
     All of a pass but its attention depends on how many tokens it has, and is priced once for each number. In
-    a pipeline the batch runs as up to p microbatches, and an iteration takes until each has come round, the
-    period of `inference.pipeline_times`. Data-parallel ranks share the tokens of a pass evenly, those of a
-    single prompt too: where fewer prompts than ranks are read at once, that is too fast.
+    a pipeline the batch runs as up to p microbatches, a prompt in one of them, and an iteration takes until
+    each has come round, the period of `inference.mixed_times`. Data-parallel ranks share requests, not tokens
+    (`Pass.spread`), and run in step: an iteration takes what the busiest of them does.
     """
 
     def __init__(self, priced: Pricer, verified: int = 1) -> None:
         """`verified`: tokens that each request decodes in one pass, g + 1 where g are drafted."""
         self.priced, self.verified = priced, verified
-        self.stages = int(priced.layout.pipeline_parallel)
+        self.stages, self.ranks = int(priced.layout.pipeline_parallel), int(priced.layout.data_parallel)
         self.rests: dict[tuple[float, float], tuple[float, float, float]] = {}
 
     @property
@@ -55,13 +55,26 @@ class Priced:
         window_pairs: float = 0,
         absorbed: float = 0,
         expanded: float = 0,
+        prompts: float = 0,
     ) -> float:
-        """`Pricer.of` of the Pass of these counts, or the period of its microbatches."""
-        one, stages = self.priced, self.stages
-        microbatches = 1.0 if stages == 1 else min(stages, max(1.0, sequences // self.verified))
-        tokens, sequences = tokens / microbatches, sequences / microbatches
+        """`Pricer.of` of the Pass of these counts, or the period of its microbatches.
+
+        `prompts` of the sequences are read, the others decode.
+        """
+        one, stages, share, microbatches = self.priced, self.stages, 1.0, 1.0
+        if stages > 1 or self.ranks > 1:
+            if prompts:
+                whole = Pass(
+                    tokens, sequences, cached, pairs, window_cached, window_pairs, absorbed, expanded
+                )
+                return self._mixed(whole, prompts)
+            batch = max(1.0, sequences / self.verified)
+            microbatches = min(stages, max(1.0, batch / self.ranks))
+            share = max(1.0, self.ranks / batch) / microbatches
         found = self.rests.get((tokens, sequences))
-        rest, layers, logits = self._rest(tokens, sequences) if found is None else found
+        if found is None:
+            found = self._rest(tokens, sequences, share, microbatches)
+        rest, layers, logits = found
         multiplied = (
             pairs * one.pair_full
             + window_pairs * one.pair_window
@@ -70,7 +83,7 @@ class Priced:
         )
         read = cached * one.cache_full + window_cached * one.cache_window
         written = tokens * (one.cache_full + one.cache_window)
-        attention: float = max(multiplied / microbatches, read / microbatches + written)
+        attention: float = share * max(multiplied, read + written)
         latency = rest + attention
         if stages == 1:
             return latency
@@ -79,12 +92,44 @@ class Priced:
         slowest = max((fewest + (more > 0)) * layer, fewest * layer + logits)
         return max(latency, microbatches * slowest)
 
-    def _rest(self, tokens: float, sequences: float) -> tuple[float, float, float]:
-        """Seconds of a pass but for attention: of everything, of the layers, of the logits."""
-        one = self.priced
-        logits = float(max(sequences * one.logits_token, one.logits_read))
-        rest = float(one.of(Pass(tokens, sequences, 0, 0))) - tokens * (one.cache_full + one.cache_window)
-        between = one.links.seconds(tokens, min) - one.links.inside(tokens, min)
+    def _mixed(self, whole: Pass, prompts: float) -> float:
+        """A pass in which prompts are read. Only the first of them can have tokens in its cache."""
+        batch, verified, window = (whole.sequences - prompts) / self.verified, self.verified, self.window
+        near = near_pairs = 0.0
+        if window is not None:
+            near = whole.window_cached - min(whole.expanded, window - 1)
+            # Exact for contexts beyond the window and for those within it, and without drafts.
+            near_pairs = min(
+                verified * near + batch * verified * (verified + 1) / 2, batch * verified * window
+            )
+        decoding = Pass(
+            batch * verified,
+            batch * verified,
+            whole.cached - whole.expanded,
+            whole.absorbed,
+            near,
+            near_pairs,
+            whole.absorbed,
+        )
+        read = whole + decoding.times(-1)
+        times = mixed_times(
+            self.priced,
+            decoding.spread(batch, self.ranks),
+            read.spread(prompts, self.ranks),
+            prompts / self.ranks,
+            min(self.stages, max(1.0, (batch + prompts) / self.ranks)),
+        )
+        return float(times.period)
+
+    def _rest(
+        self, tokens: float, sequences: float, share: float, microbatches: float
+    ) -> tuple[float, float, float]:
+        """Seconds of a microbatch but for attention: of everything, of the layers, of the logits."""
+        one, many = self.priced, tokens * share
+        logits = float(max(sequences * share * one.logits_token, one.logits_read))
+        part = Pass(many, sequences * share, 0, 0, padding=many - tokens / microbatches)
+        rest = float(one.of(part)) - many * (one.cache_full + one.cache_window)
+        between = one.links.seconds(many, min) - one.links.inside(many, min)
         if len(self.rests) >= REMEMBERED:
             self.rests.clear()
         found = self.rests[tokens, sequences] = (rest, float(rest - between - logits), logits)
@@ -110,8 +155,8 @@ class Deployment:
         one = self.layout
         ways = (one.tensor_parallel, one.pipeline_parallel, one.data_parallel, one.expert_parallel)
         named = ", ".join(f"{name} {n}" for name, n in zip(("TP", "PP", "DP", "EP"), ways, strict=True))
-        prompts = ", each prompt divided over DP" if one.data_parallel > 1 else ""
-        return f"{one.devices:,} {self.hardware.name} ({named}{prompts}) at {rates(self.efficiency)}"
+        step = ", DP ranks in step" if one.data_parallel > 1 else ""
+        return f"{one.devices:,} {self.hardware.name} ({named}{step}) at {rates(self.efficiency)}"
 
     def steps(self, policy: Policy) -> Priced:
         """What iterations take. Raises SpecError for a layout that nothing can run, or a missing format."""
@@ -134,7 +179,7 @@ class Deployment:
             )
         shares = int(self.layout.data_parallel)
         slots = -(-policy.slots // shares)
-        tokens = -(-policy.chunk // shares) if policy.chunk else slots * int(load.prompts.max())
+        tokens = policy.chunk or slots * int(load.prompts.max())
         found: list[tuple[float, int, float]] = []
         for stage in telling_stages(self.architecture, self.layout):
             need = states.serving_memory(

@@ -43,7 +43,8 @@ OVERALL = {
     "cache_utilisation": "share of the room for keys and values that they fill, mean over the duration",
     "cache_reserved_peak": "largest share of that room that was promised to admitted requests",
     "busy": "share of the duration in iterations",
-    "usd_per_1k_output": "rent of all GPUs over the duration for 1,000 output tokens",
+    "usd_per_1k_input": "rent of seconds that prompts add to iterations, for 1,000 of their tokens",
+    "usd_per_1k_output": "rent of all GPUs over the duration for 1,000 output tokens, prompts included",
     "usd_prompts": "of it, seconds that prompts add to iterations",
     "usd_decode": "of it, seconds that decoding takes",
     "usd_idle": "of it, seconds without any request",
@@ -157,6 +158,8 @@ def outcome(
         "cache_utilisation": record.written / duration,
         "cache_reserved_peak": record.reserved,
         "busy": record.busy / duration,
+        "usd_per_1k_input": cost_per_1k_tokens(gpus, gpu_hour_usd, int(record.load.prompts.sum()))
+        * record.filling,
         "usd_per_1k_output": rent * duration,
         "usd_prompts": rent * record.filling,
         "usd_decode": rent * (record.busy - record.filling),

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import repeat
+from operator import add
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -20,6 +21,7 @@ Batching = Literal["static", "continuous"]
 MOST_DRAFT_COST = 100
 """Of drafting one token, in passes of the model that it is to make quicker."""
 Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
 DRAWN = 2**16
 """Rounds whose drafts are drawn at once."""
 
@@ -41,8 +43,12 @@ class StepTime(Protocol):
         window_pairs: float = 0,
         absorbed: float = 0,
         expanded: float = 0,
+        prompts: float = 0,
     ) -> float:
-        """Seconds of one pass, counted as in `harness.theory.passes.Pass`."""
+        """Seconds of one pass, counted as in `harness.theory.passes.Pass`.
+
+        `prompts` of its sequences are read, the others decode.
+        """
 
 
 @dataclass(frozen=True)
@@ -103,29 +109,35 @@ class Policy:
 
 
 class Drafts:
-    """Drafts that stand, drawn for many requests at once: in each round one of g at least i with chance a^i."""
+    """Drafts that stand: at least i of a round's g with chance a^i. Drawn for many requests at once."""
 
     def __init__(self, length: int, acceptance: float, generator: np.random.Generator) -> None:
         self.length, self.acceptance, self.generator = length, acceptance, generator
-        self.stood = np.zeros(1)
-        """Drafts that stood in all rounds before each, of the rounds that are drawn and not used."""
+        self.decided = np.zeros(1, np.int64)
+        """Tokens that all rounds drawn decide before each."""
+        self.stood, self.used = self.decided, 0
+        """The same for drafts, one less a round, and how many of these rounds are used up."""
 
-    def draw(self, left: int) -> tuple[int, Floats]:
-        """Rounds in which a request decides `left` tokens, 1 or more, and drafts that stood before each [rounds].
+    def draw(self, left: int) -> tuple[int, Integers]:
+        """Rounds in which a request decides `left` tokens, and drafts that stood before each [rounds].
 
         Uses up as many draws as there are tokens, whatever stands.
         """
-        if len(self.stood) <= left:
-            drawn = np.cumsum(self._standing(max(left, DRAWN)))
-            self.stood = np.append(self.stood, self.stood[-1] + drawn)
-        stood, self.stood = self.stood[: left + 1] - self.stood[0], self.stood[left:]
-        rounds = int(np.searchsorted(stood + np.arange(left + 1), left))
-        return rounds, stood[:rounds]
+        if self.used + left >= len(self.decided):
+            kept, drawn = np.diff(self.decided[self.used :]), self._rounds(max(left, DRAWN))
+            self.decided, self.used = np.concatenate([[0], kept, drawn]).cumsum(), 0
+            self.stood = self.decided - np.arange(len(self.decided))
+        first, self.used = self.used, self.used + left
+        decided = self.decided[first : self.used + 1]
+        rounds = int(decided.searchsorted(decided[0] + left))
+        stood = self.stood[first : first + rounds]
+        return rounds, stood - stood[0]
 
-    def _standing(self, count: int) -> NDArray[np.int64]:
+    def _rounds(self, count: int) -> Integers:
+        """Tokens that rounds decide: drafts up to the first that does not stand, and one more."""
         if self.acceptance == 1:
-            return np.full(count, self.length)
-        return np.minimum(self.generator.geometric(1 - self.acceptance, size=count) - 1, self.length)
+            return np.full(count, 1 + self.length)
+        return np.minimum(self.generator.geometric(1 - self.acceptance, size=count), 1 + self.length)
 
 
 class Sums:
@@ -143,12 +155,12 @@ class Sums:
         """Of prompts less the rounds in which they began to decode."""
         self.near, self.near_pairs = (0, 0) if window is None else (window - 1, verified * window)
         """Of one request: cached tokens in a full window, and pairs of query and key on a window layer."""
-        self.ring = np.zeros((3, self.size))
+        self.ring = np.zeros((3, self.size), np.int64)
         """What is to be added to the three sums."""
         self.until = 0
         """The round from which the ring holds nothing."""
 
-    def add(self, start: int, prompt: int, rounds: int, stood: Floats | None) -> None:
+    def add(self, start: int, prompt: int, rounds: int, stood: Integers | None) -> None:
         """A request decodes from round `start` on; `stood`: drafts that stood before each of its rounds."""
         self.sum += prompt - start
         if stood is not None:
@@ -163,7 +175,7 @@ class Sums:
         """The request has ended in round `now`."""
         self.sum -= prompt - (now - rounds)
 
-    def next(self, start: int, batch: int) -> tuple[float, float, float]:
+    def next(self, start: int, batch: int) -> tuple[int, int, int]:
         """Cached tokens of a batch in the next round, of them those in a window, and pairs on a window layer."""
         whole = self.sum + batch * start, batch * self.near, batch * self.near_pairs
         if start >= self.until:
@@ -171,15 +183,16 @@ class Sums:
         more = self.ring[:, start % self.size].tolist()
         return whole[0] + more[0], whole[1] + more[1], whole[2] + more[2]
 
-    def ahead(self, start: int, rounds: int, batch: int) -> Iterable[tuple[float, float, float]]:
+    def ahead(self, start: int, rounds: int, batch: int) -> Iterable[tuple[int, int, int]]:
         """The same for so many rounds, or up to the end of the ring."""
-        cached = range(first := self.sum + batch * start, first + batch * rounds, batch)
-        near, near_pairs = batch * self.near, batch * self.near_pairs
+        first = self.sum + batch * start
+        cached = range(first, first + batch * rounds, batch)
+        sums = (cached, repeat(batch * self.near), repeat(batch * self.near_pairs))
         if start >= self.until:
-            return zip(cached, repeat(near), repeat(near_pairs))
+            return zip(*sums, strict=False)
         here = start % self.size
-        ring = self.ring[:, here : here + rounds].tolist()
-        return [(c + x, near + y, near_pairs + z) for c, x, y, z in zip(cached, *ring)]
+        more = self.ring[:, here : here + rounds].tolist()
+        return zip(*(map(add, one, row) for one, row in zip(sums, more, strict=True)), strict=True)
 
     def over(self, start: int, rounds: int) -> None:
         """These rounds are over."""
@@ -187,9 +200,10 @@ class Sums:
             here = start % self.size
             self.ring[:, here : here + rounds] = 0
 
-    def _ring(self, row: int, start: int, values: Floats) -> None:
+    def _ring(self, row: int, start: int, values: Integers) -> None:
         self.until = max(self.until, start + len(values))
         ring, here = self.ring[row], start % self.size
-        fitting = min(len(values), self.size - here)
-        ring[here : here + fitting] += values[:fitting]
-        ring[: len(values) - fitting] += values[fitting:]
+        fitting = self.size - here
+        ring[here : here + len(values)] += values[:fitting]
+        if fitting < len(values):
+            ring[: len(values) - fitting] += values[fitting:]

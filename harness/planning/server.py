@@ -48,13 +48,15 @@ class Server:
         self.prompts, self.outputs = load.prompts.tolist(), load.outputs.tolist()
         self.need: list[float] = cache.held(load.prompts + load.outputs).tolist()
         count = len(load)
-        self.at = [math.inf] * (count + 1) if load.at is None else [*load.at.tolist(), math.inf]
-        """When each comes by itself: in a closed loop never."""
         self.sent, self.admitted, self.first, self.ended = ([0.0] * count for _ in range(4))
-        if load.at is not None:
-            self.sent = self.at[:-1]
         self.rounds = [0] * count
-        self.came = load.users if load.at is None else 0
+        self.closed = load.at is None
+        self.came = min(load.users, count) if self.closed else 0
+        self.at = [math.inf] * (count + 1)
+        """When each comes by itself, and that nobody comes after the last."""
+        if load.at is not None:
+            self.sent = load.at.tolist()
+            self.at = [*self.sent, math.inf]
         self.taken = self.filled = 0
         self.done = 0
         """Tokens of the first prompt that is not filled; of the others none are cached."""
@@ -151,7 +153,8 @@ class Server:
                 break
             number, done = number + 1, 0
         took = self.step.seconds(
-            tokens, sequences, cached + expanded, pairs, near, near_pairs, absorbed, expanded
+            tokens, sequences, cached + expanded, pairs, near, near_pairs, absorbed, expanded,
+            sequences - batch * verified
         )
         self.filling += took - alone
         took += drafting
@@ -190,7 +193,7 @@ class Server:
             self.held -= 1
             self.reserved -= self.need[number]
         self.left -= 1
-        if self.came < len(self.sent) and self.at[self.came] == math.inf:  # its user sends the next
+        if self.closed and self.came < len(self.sent):  # its user sends the next
             self.sent[self.came] = self.now
             self.came += 1
         self.on_end()

@@ -32,11 +32,12 @@ from harness.planning.space import SERVED, serving_space
 from harness.spec.errors import SpecError
 from harness.spec.hardware import Hardware
 from harness.theory import serving
-from harness.theory.inference import pricer, steady_state
+from harness.theory.inference import pricer, request_mfu, steady_state
 from harness.theory.precision import PRECISIONS, Precision, precision
 from harness.theory.states import serving_memory
 
-RESULTS = ("gpus", "batch", "sequences", "tpot", "ttft", "tokens_per_second", "usd_per_1k", "memory")
+COSTS = ("usd_per_1k", "usd_per_1k_input", "usd_per_1k_output")
+RESULTS = ("gpus", "batch", "sequences", "tpot", "ttft", "tokens_per_second", "mfu", *COSTS, "memory")
 """Columns beside Layout's fields that constraints may name: see `_evaluated`."""
 CONSTRAINED: Mapping[str, Collection[str] | None] = {
     **dict.fromkeys(
@@ -64,15 +65,21 @@ GOAL = Goal(
         scaled("TPOT, ms", "tpot", 1e-3),
         scaled("TTFT, ms", "ttft", 1e-3),
         rounded("tokens/s", "tokens_per_second"),
+        percent("MFU", "mfu"),
         plain("USD per 1,000", "usd_per_1k"),
+        plain("1,000 in", "usd_per_1k_input"),
+        plain("1,000 out", "usd_per_1k_output"),
         scaled("GB a GPU", "memory", GB),
         percent("of it weights", "weights_share"),
     ),
     definitions={
         "TPOT": "mean pass of a batch that never runs dry, prompts read on the way included",
-        "TTFT": "pass that holds a prompt; waiting for a slot is left out",
+        "TTFT": "pass that holds a prompt, whole in one microbatch; waiting for a slot is left out",
         "tokens/s": "output tokens of all GPUs",
+        "MFU": "FLOP of all tokens, prompts' too, over the peak of all GPUs in the same time",
         "USD per 1,000": "rent of all GPUs for 1,000 output tokens, their prompts included",
+        "1,000 in": "USD for 1,000 prompt tokens: rent of what prompts add to passes",
+        "1,000 out": "USD for 1,000 output tokens without their prompts: rent of all the rest",
     },
 )
 
@@ -90,20 +97,23 @@ def plan(
     precisions: Sequence[str] = (),
     slo: Mapping[str, str] | None = None,
     skew: float = 0.0,
+    load: float = 1.0,
     watch: Watch | None = None,
 ) -> Plan:
     """Layouts x batch x precision under continuous batching, `theory.inference.steady_state`, prompts whole.
 
-    Requests of `prompt` and `output` tokens never run dry. tpot and ttft are in seconds, usd_per_1k is USD
-    for 1,000 output tokens with what reading their prompts takes, memory is bytes of the fullest rank with
-    every sequence at its full length. A pipeline runs a microbatch per stage where the batch has as many
-    sequences.
+    Requests of `prompt` and `output` tokens never run dry for the share `load` of the time, and none come in
+    the rest: all rent falls on those that do. tpot and ttft are in seconds, usd_per_1k is USD for 1,000 output
+    tokens with what reading their prompts takes, memory is bytes of the fullest rank with every sequence at
+    its full length. A pipeline runs a microbatch per stage where the batch has as many sequences.
     Raises SpecError where nothing fits, or hardware does not multiply a precision.
     """
     counted("prompt", prompt)
     counted("output", output)
     within(question.architecture, "a prompt with its answer", prompt + output)
     refuse_skew(skew)
+    if not 0 < load <= 1:
+        raise SpecError(f"a load of {load:g} is no share of the day that is served; give above 0 to 1")
     promised = _promises(slo or {})
     forms = [precision(name) for name in dict.fromkeys(precisions or default_precisions(question.hardware))]
     constraints = parse_all(question.constraints, CONSTRAINED)
@@ -117,12 +127,13 @@ def plan(
     def batches() -> Iterator[Batch]:
         for form in forms:
             for part in parts:
-                columns = _evaluated(question, part, form, prompt, output, skew)
+                columns = _evaluated(question, part, form, prompt, output, skew, load)
                 yield Batch(part.layout, columns, _limits(question, columns, constraints, promised))
 
-    asked = replace(
-        question, name=f"{question.name}, prompts of {prompt:,} and answers of {output:,} tokens,"
-    )
+    name = f"{question.name}, prompts of {prompt:,} and answers of {output:,} tokens"
+    if load < 1:
+        name += f", rent of all day for {load:.3g} of it that is served"
+    asked = replace(question, name=f"{name},")
     return search(asked, GOAL, batches(), total, impossible, watch)
 
 
@@ -137,14 +148,19 @@ def _promises(slo: Mapping[str, str]) -> dict[str, float]:
 
 
 def _evaluated(
-    question: Question, part: layouts.Served, form: Precision, prompt: int, output: int, skew: float
+    question: Question,
+    part: layouts.Served,
+    form: Precision,
+    prompt: int,
+    output: int,
+    skew: float,
+    load: float,
 ) -> dict[str, Any]:
     """The columns of one part in one precision."""
     layout, batch, architecture = part.layout, part.batch, question.architecture
     priced = pricer(architecture, question.hardware, layout, form, question.efficiency, skew)
     sequences = batch * layout.data_parallel
-    stages = np.minimum(layout.pipeline_parallel, batch)
-    answered = steady_state(priced, sequences, prompt, output, stages, mixing="whole")
+    answered = steady_state(priced, sequences, prompt, output, layout.pipeline_parallel, mixing="whole")
     need = serving_memory(
         architecture,
         layout,
@@ -155,6 +171,9 @@ def _evaluated(
         tokens=batch + np.maximum(1, batch / output) * prompt,
     )
     gpus = layout.devices
+    price = question.price * serving.cost_factor_at_load(load)
+    usd = serving.cost_per_1k_tokens(gpus, price, answered.tokens_per_second)
+    reading = answered.filling / answered.tpot
     columns = {name: getattr(layout, name) for name in FIELDS} | worst(need, len(batch))
     return columns | {
         "gpus": gpus,
@@ -164,7 +183,10 @@ def _evaluated(
         "tpot": answered.tpot,
         "ttft": answered.ttft,
         "tokens_per_second": answered.tokens_per_second,
-        "usd_per_1k": serving.cost_per_1k_tokens(gpus, question.price, answered.tokens_per_second),
+        "mfu": request_mfu(priced, prompt, output, answered.tokens_per_second),
+        "usd_per_1k": usd,
+        "usd_per_1k_input": usd * reading * output / prompt,
+        "usd_per_1k_output": usd * (1 - reading),
         "weights_share": columns["memory_weights"] / columns["memory"],
     }
 

@@ -41,6 +41,8 @@ class Link(Model):
     bandwidth: Number
     latency: Positive
     source: str
+    """Of the bandwidth."""
+    latency_source: str
     note: str = ""
 
 
@@ -92,13 +94,18 @@ def hardware_names() -> tuple[str, ...]:
     return tuple(_read(specs_dir() / f"{HARDWARE}.toml"))
 
 
-def load_hardware(name: str, path: Path | None = None) -> Hardware:
-    """One accelerator by name, from specs/hardware.toml or another file of its form. Raises SpecError."""
-    file = path or specs_dir() / f"{HARDWARE}.toml"
-    found = _read(file)
-    if name not in found:
-        raise SpecError(f'no hardware "{name}" in {file.name}; {did_you_mean(name, found)}')
-    return found[name]
+def load_hardware(name: str) -> Hardware:
+    """One accelerator: a name of specs/hardware.toml, or FILE.toml:NAME of a file of that form.
+
+    Raises SpecError.
+    """
+    file, _, inside = name.rpartition(":")
+    path = Path(file) if file.endswith(".toml") else specs_dir() / f"{HARDWARE}.toml"
+    wanted = inside if file.endswith(".toml") else name
+    found = _read(path)
+    if wanted not in found:
+        raise SpecError(f'no hardware "{wanted}" in {path.name}; {did_you_mean(wanted, found)}')
+    return found[wanted]
 
 
 @cache
@@ -111,18 +118,30 @@ def _read(path: Path) -> dict[str, Hardware]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SpecError(sentence(path, None, "", f"cannot be read ({error})", "give a TOML file")) from None
     lines = lines_of(text)
-    sources: Mapping[str, object] = raw.get("source", {})
+    for key, value in raw.items():
+        if key not in ("source", HARDWARE):
+            right = did_you_mean(key, ("source", HARDWARE))
+            raise SpecError(sentence(path, nearest(lines, (key,)), key, "is unknown", right))
+        if not isinstance(value, dict):
+            raise SpecError(sentence(path, nearest(lines, (key,)), key, "is no table", f"write [{key}.NAME]"))
     found: dict[str, Hardware] = {}
     for name, table in raw.get(HARDWARE, {}).items():
+        place = (HARDWARE, name)
+        if not isinstance(table, dict):
+            right = f"write [{HARDWARE}.{name}]"
+            raise SpecError(sentence(path, nearest(lines, place), dotted(place), "is no table", right))
         try:
             found[name] = Hardware.model_validate({"name": name, **table})
         except ValidationError as error:
             raise SpecError("\n".join(_sentences(path, lines, name, error))) from None
         for field, cited in _cited(found[name]):
-            if cited not in sources:
-                wrong, right = f'"{cited}" is no source of this file', did_you_mean(cited, sources)
-                line = nearest(lines, (HARDWARE, name, *field))
-                raise SpecError(sentence(path, line, dotted((HARDWARE, name, *field)), wrong, right))
+            if cited not in raw.get("source", {}):
+                wrong, right = (
+                    f'"{cited}" is no source of this file',
+                    did_you_mean(cited, raw.get("source", {})),
+                )
+                line = nearest(lines, (*place, *field))
+                raise SpecError(sentence(path, line, dotted((*place, *field)), wrong, right))
     return found
 
 
@@ -139,6 +158,11 @@ def _sentences(path: Path, lines: Mapping[KeyPath, int], name: str, error: Valid
 
 def _cited(one: Hardware) -> list[tuple[tuple[str, ...], str]]:
     names = ("island_link", "network_link", "cluster_link")
-    links = [((name,), link.source) for name in names if (link := getattr(one, name)) is not None]
+    links = [
+        ((name,), source)
+        for name in names
+        if (link := getattr(one, name)) is not None
+        for source in (link.source, link.latency_source)
+    ]
     figures = [((name,), getattr(one, name).source) for name in ("memory", "bandwidth", "gpu_hour_usd")]
     return links + figures + [(("peak", name), peak.source) for name, peak in one.peak.items()]

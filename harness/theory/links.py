@@ -15,7 +15,8 @@ and expert parallelism, and those that share an expert in width. Shapes: [T, D] 
   ring        keys and values of T / (d c) tokens go round the c ranks (Liu et al. 2023, arXiv 2310.01889),
               key/value heads divided over t
 
-Each is a line in T: seconds at no size, and seconds for each token.
+Each is a line in T: seconds at no size, and seconds for each token. T is as `passes.Pass.spread` has it, so
+that T / (d c) is what the busiest rank sends.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Pass:
 
     def divided(self, parts: Any) -> Pass:
         """One of so many equal parts: a microbatch."""
-        return self._times(1 / parts)
+        return self.times(1 / parts)
 
     def spread(self, requests: Any, ranks: Any) -> Pass:
         """The pass of so many requests on data-parallel ranks, none of which shares a request with others.
@@ -60,10 +60,11 @@ class Pass:
         factor = most(ranks / most(requests, 1), 1)
         if isinstance(factor, int | float) and factor == 1:
             return self
-        lumped = self._times(factor)
+        lumped = self.times(factor)
         return replace(lumped, padding=lumped.tokens - self.routed)
 
-    def _times(self, factor: Any) -> Pass:
+    def times(self, factor: Any) -> Pass:
+        """So many of it."""
         return Pass(*(getattr(self, one.name) * factor for one in fields(Pass)))
 
 

@@ -10,7 +10,8 @@ ended, so that reading the weights of one never hides behind multiplying with th
              2 FLOP for each token that meets it (Pope et al. 2022, arXiv 2211.05102, section 2); divided and
              copied over t as `sharding` says, tokens over d and c
   experts    of the busiest expert-parallel rank: the distinct experts that the batch touches are read
-             (`routing.busiest_rank`), its assignments multiplied
+             (`routing.busiest_rank`), its assignments multiplied; they see the tokens of all ranks that share
+             them, and no fewer than those of the busiest
   attention  keys and values read and written once, 2 FLOP for each element of a query-key pair; heads over
              t, sequences over d, cached tokens over c. Latent attention keeps one latent for all heads,
              copied over t; decoding multiplies latents, a prefill expands them (arXiv 2405.04434, section
@@ -105,6 +106,8 @@ class Pricer:
     """Compute for each assignment of a token to an expert."""
     copies: Any
     """Groups of ranks that hold all experts, and share the pass's tokens."""
+    takers: Any
+    """Of them, or of the ranks that have tokens of their own where those are more."""
     largest: Any
     """Of as many standard normals as there are expert-parallel ranks."""
     cache_full: Any
@@ -154,14 +157,16 @@ class Pricer:
 
         Windows are taken at the mean: each sequence reads at most W - 1 cached tokens, each token meets at
         most W. Latents are taken as multiplied once for every cached token (decoding) and expanded for all
-        other pairs (prefill). Where that is too rough, `of` takes the whole `Pass`.
+        other pairs (prefill). Where that is too rough, or data-parallel ranks have prompts beside decoding,
+        `of` takes the whole `Pass`.
         """
         window = self.architecture.attention.window
         near, met = cached, pairs
         if window is not None:
             near = sharding.least(cached, sequences * (window - 1))
             met = sharding.least(pairs, tokens * window)
-        return self.of(Pass(tokens, sequences, cached, pairs, near, met, sharding.least(pairs, cached)))
+        whole = Pass(tokens, sequences, cached, pairs, near, met, sharding.least(pairs, cached))
+        return self.of(whole.spread(sequences, self.layout.data_parallel))
 
     def slowest_stage(self, one: Pass) -> Any:
         """Seconds of the pipeline stage that takes longest: with most layers, or with the logits.
@@ -189,7 +194,9 @@ class Pricer:
     def classes(self, one: Pass) -> Classes:
         """Matrices, experts, attention and logits, each (if compute alone, if memory alone bounds it)."""
         tokens = one.tokens
-        experts: Class = (0.0, 0.0) if self.touched is None else self._experts(tokens / self.copies)
+        experts: Class = (0.0, 0.0)
+        if self.touched is not None:
+            experts = self._experts(sharding.most(one.routed / self.copies, tokens / self.takers))
         pairs = one.pairs * self.pair_full + one.window_pairs * self.pair_window
         return (
             (tokens * self.matrices_token, self.matrices_read),
@@ -255,6 +262,7 @@ def pricer(
         "expert_read": expert * stored_bytes(precision.experts) / bandwidth,
         "expert_assignment": 2 * expert / (experts_peak * efficiency.experts),
         "copies": copies,
+        "takers": sharding.most(copies, shares),
         "largest": routing.expected_maximum_normal(ranks),
         "cache_full": full * entry,
         "cache_window": windowed * entry,

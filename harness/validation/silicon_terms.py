@@ -8,13 +8,15 @@ constants: what `Pricer.of` gives with those constants, for all rows at once (te
 
 TPOT. Clients keep C requests in flight, of which n run, as many as fit the memory. Each holds its place for N
 passes, so that (n - 1) / N prompts of others join each pass on average: one prompt every N / (n - 1) passes,
-or several in each. TPOT is the mean of the passes with and without.
+or several in each. TPOT is the mean of the passes with and without. Data-parallel ranks read a prompt each
+in the same pass, d times as seldom.
 
 TTFT. A request is taken in, waits for some passes, then for prompts that came with it and its own. All C
 clients begin at once and send 10 C requests in all (scripts of the serving benchmark), so that at least a
 tenth of them wait for half of the others, 0.05 C prompts on average; more where an engine serves all waiting
-prompts at once. Queues for memory are left out: what a request of C - n waits for would be N / n passes,
-which the rows' times do not show.
+prompts at once. Data-parallel ranks share those that wait, and no prompt is divided over them. Queues for
+memory are left out: what a request of C - n waits for would be N / n passes, which the rows' times do not
+show.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ class Terms:
     mixed: Passes
     """Decoding, and the prompts that join."""
     prompt: Passes
-    """One prompt alone."""
+    """One prompt of each data-parallel rank alone."""
     mixing: Floats
     """Share of passes that prompts join."""
     reductions: tuple[tuple[Floats, Floats], ...]
@@ -78,6 +80,8 @@ class Terms:
     engine: NDArray[np.int_]
     running: Floats
     """Number of sequences that run at once."""
+    ranks: Floats
+    """Data-parallel ranks."""
     waiting: Floats
     """Number of requests in flight that do not fit the memory."""
     holds: NDArray[np.bool_]
@@ -105,7 +109,7 @@ class Terms:
     def ttft(self, c: Constants, tpot: Floats, own: Floats) -> Floats:
         """Seconds to the first token, given those of an output token and of a pass of one prompt alone."""
         before = np.array([getattr(c, f"burst_{name}") for name in ENGINES])[self.engine] * self.running
-        return np.asarray(c.request_seconds + c.passes * tpot + own * (1 + before))
+        return np.asarray(c.request_seconds + c.passes * tpot + own * (1 + before / self.ranks))
 
 
 def terms(rows: Sequence[Row]) -> Terms:
@@ -148,8 +152,9 @@ def _group(rows: Sequence[Row]) -> Terms:
     running = np.where(holds, np.minimum(clients, slots), clients)
     like = running.shape
     share = np.maximum(running - 1, 0) / output
-    decoding = decode(architecture, running, prompt + output / 2)
-    joining = prefill(architecture, np.maximum(share, 1), prompt)
+    joining = np.maximum(share, data)
+    decoding = decode(architecture, running, prompt + output / 2).spread(running, data)
+    joined = decoding + prefill(architecture, joining, prompt)
 
     def passes(of: Pass) -> Passes:
         classes = priced.classes(of)
@@ -163,14 +168,15 @@ def _group(rows: Sequence[Row]) -> Terms:
 
     return Terms(
         passes(decoding),
-        passes(decoding + joining),
-        passes(prefill(architecture, np.ones(len(rows)), prompt)),
-        np.minimum(share, 1),
+        passes(joined),
+        passes(prefill(architecture, np.minimum(running, data), prompt).spread(running, data)),
+        np.minimum(share / data, 1),
         tuple(wide(line) for line in priced.links.reductions),
         wide(priced.links.others),
         np.full(len(rows), float(kernels(architecture, one.precision))),
         np.array([ENGINES.index(row.engine) for row in rows]),
         running,
+        data,
         clients - running,
         holds,
     )

@@ -9,8 +9,10 @@ import pytest
 from harness.audit import audit, explain
 from harness.audit.explain import lines
 from harness.audit.sources import OUTCOMES, documents
+from harness.audit.units import UNITS
 from harness.audit.wording import decided
 from harness.spec import load, names
+from suites.selftest.arithmetic import as_printed, is_arithmetic, worked_out
 from suites.selftest.small_specs import claim, spec
 
 AUDITS = {name: audit(load(name)) for name in names()}
@@ -37,7 +39,7 @@ def test_every_claim_is_explained(name):
                 continue
             for finding in verdict.findings:
                 assert f"{finding.holding:,} of {finding.admitted:,} completions" in text
-                assert finding.test.quantity.formula in text
+                assert all(f" {line}" in text for line in finding.test.quantity.formula.splitlines())
             if verdict.outcome == "undetermined":
                 assert decided(verdict.decisive) in text
 
@@ -75,22 +77,62 @@ def test_counts_add_up(name):
     found = AUDITS[name]
     counted = found.as_dict()["claims"]
     claims = sum(one.kind == "claim" for one in found.spec.claims)
-    for column in ("claims", *documents(found.spec)):
+    for column in ("claims by best figure", "claims by worst figure", *documents(found.spec)):
         assert sum(counted[column].values()) == claims
-    ours = sum(counted.get("assumptions", {}).values())
-    assert ours == len(found.spec.claims) - claims
+    ours = counted.get("assumptions", dict.fromkeys(OUTCOMES, 0))
+    for outcome, count in found.counts.items():
+        assert counted["figures"][outcome] + ours[outcome] == count
+        for column in ("figures", "claims by worst figure"):
+            best = counted["claims by best figure"][outcome]
+            assert outcome != "contradicts" or counted[column][outcome] >= best
     assert sum(found.counts.values()) == len(found.verdicts)
     assert tuple(found.counts) == OUTCOMES
 
 
-def test_a_claim_counts_as_its_best_figure(tmp_path):
-    """Of two figures, one open and one out of reach, the claim is open, and each document has its own."""
-    figures = [("10", "GPUs", "A"), ("40", "GPUs", "B")]
+def test_a_claim_counts_as_its_best_and_as_its_worst_figure(tmp_path):
+    """Of two figures, one open and one out of reach, the claim is open at best, and contradicts at worst."""
+    figures = [("10", "GPUs", "A"), ("40", "GPUs", "B"), ("many", "GPUs", "B")]
     silent = claim("layers", "architecture.n_layers", ("4", "layers", "B"))
     counted = audit(spec(tmp_path, claim("gpus", "training.gpus", *figures), silent)).as_dict()["claims"]
-    assert (counted["claims"]["undetermined"], counted["claims"]["contradicts"]) == (2, 0)
-    assert (counted["A"]["undetermined"], counted["A"]["silent"]) == (1, 1)
-    assert (counted["B"]["undetermined"], counted["B"]["contradicts"]) == (1, 1)
+    shown = {name: (one["undetermined"], one["contradicts"]) for name, one in counted.items()}
+    assert shown["figures"] == (2, 1)
+    assert counted["figures"]["not quantitative"] == 1
+    assert shown["claims by best figure"] == (2, 0)
+    assert shown["claims by worst figure"] == (1, 1)
+    assert (shown["A"], counted["A"]["silent"]) == ((1, 0), 1)
+    assert (shown["B"], counted["B"]["silent"]) == ((1, 1), 0)
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_sum_of_an_explanation_comes_out(name):
+    """What stands between two signs of equality is the number after it, to every digit that is printed."""
+    found, sums = AUDITS[name], 0
+    for one in found.spec.claims:
+        for line in lines(found._judged, one.id):
+            parts = line.strip().split(" = ")
+            for place, part in enumerate(parts[1:-1], 1):
+                value = worked_out(part, {}) if is_arithmetic(part) else None
+                if value is None:
+                    continue
+                for said in parts[place + 1 :]:
+                    number, _, unit = said.partition(" ")
+                    factor = UNITS[unit].factor if unit in UNITS else 1
+                    assert as_printed(value / factor, number), line
+                sums += 1
+    formulas = [finding.test.quantity.formula for v in found.verdicts for finding in v.findings]
+    assert sums == sum(is_arithmetic(line) for one in formulas for line in expressions(one))
+
+
+def expressions(formula):
+    """The right sides of a formula's lines."""
+    return [line.rpartition(" = ")[2] for line in formula.splitlines()]
+
+
+def test_a_rounding_is_told_apart_from_the_numbers():
+    """A constant that is a figure counts as printed; what its rounding makes of the result stands beside it."""
+    text = explain(LEAK.spec, "vision-io")
+    assert "io_ratio = vision_bytes / text_bytes = 600 / 4 = 150\n" in text
+    assert "with vision_bytes 550 to 650 and text_bytes 3.5 to 4.5: 122.2 to 185.7 x" in text
 
 
 def test_one_row_for_each_claim_on_which_documents_differ():

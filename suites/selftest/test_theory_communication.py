@@ -351,8 +351,13 @@ def test_the_leaked_layout_sends_what_was_worked_out(a100: Hardware, leak: Archi
 def test_slower_links_between_clusters_cost_what_two_tiers_of_islands_do() -> None:
     """A cluster is to clusters what an island is to islands; links as fast as the network change nothing."""
     flat = load_hardware("a100-80gb")
-    one = Link(bandwidth=flat.network_link.bandwidth, latency=flat.network_link.latency, source="none")
-    slow = Link(bandwidth=one.bandwidth / 4, latency=one.latency, source="none")
+    one = Link(
+        bandwidth=flat.network_link.bandwidth,
+        latency=flat.network_link.latency,
+        source="none",
+        latency_source="none",
+    )
+    slow = Link(bandwidth=one.bandwidth / 4, latency=one.latency, source="none", latency_source="none")
     ranks, payload = 512, 1e11  # of which the latency of no ring is a part that shows
     group = place(ranks, 1, flat.model_copy(update={"cluster": 128, "cluster_link": slow}))
     assert (group.local, group.clustered, group.islands) == (8, 128, 64)

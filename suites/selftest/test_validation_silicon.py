@@ -256,8 +256,9 @@ def test_terms_put_together_are_the_pricer() -> None:
             efficiency(constants, row.engine),
         )
         running = float(data.terms.running[index])
-        step = decode(architecture, running, row.prompt + row.output / 2)
-        joining = prefill(architecture, max((running - 1) / row.output, 1), row.prompt)
+        ranks = row.layout.data_parallel
+        step = decode(architecture, running, row.prompt + row.output / 2).spread(running, ranks)
+        joining = prefill(architecture, max((running - 1) / row.output, ranks), row.prompt)
         # 1e-9: the same sums in another order.
         assert quick[index] == pytest.approx(float(priced.of(step)), rel=1e-9)
         assert joined[index] == pytest.approx(float(priced.of(step + joining)), rel=1e-9)

@@ -1,0 +1,77 @@
+"""Formulas worked out without the audit: arithmetic and comparisons alone, and numbers as they are printed."""
+
+from __future__ import annotations
+
+import ast
+import math
+import operator
+
+OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+    ast.GtE: operator.ge,
+    ast.Gt: operator.gt,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Not: operator.not_,
+}
+FUNCTIONS = {"exp": math.exp, "log": math.log, "min": min, "max": max, "floor": math.floor, "ceil": math.ceil}
+
+
+def evaluated(node, values):
+    """A formula's value, computed without the theory: arithmetic and comparisons alone."""
+    match node:
+        case ast.Constant():
+            return node.value
+        case ast.Name():
+            return values[node.id]
+        case ast.BinOp():
+            return OPERATORS[type(node.op)](evaluated(node.left, values), evaluated(node.right, values))
+        case ast.UnaryOp():
+            return OPERATORS[type(node.op)](evaluated(node.operand, values))
+        case ast.Call():
+            return FUNCTIONS[node.func.id](*(evaluated(one, values) for one in node.args))
+        case ast.Compare():
+            right = evaluated(node.comparators[0], values)
+            return OPERATORS[type(node.ops[0])](evaluated(node.left, values), right)
+    raise AssertionError(ast.dump(node))
+
+
+def worked_out(formula, values):
+    """The value of a formula's last line, where each line before it has named a number for those after it.
+
+    None for a formula that names a procedure (a search, a simulation): these have tests of their own.
+    """
+    known, found = dict(values), None
+    for line in ast.parse(formula).body:
+        if not is_arithmetic(ast.unparse(line.value), a_name=True):
+            return None
+        found = float(evaluated(line.value, known))
+        if isinstance(line, ast.Assign):
+            known[line.targets[0].id] = found
+    return found
+
+
+def is_arithmetic(text, *, a_name=False):
+    """Whether a text is an expression that can be worked out, and more than one number, or one name."""
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except SyntaxError:
+        return False
+    called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    return not called - set(FUNCTIONS) and (a_name or not isinstance(tree, ast.Name | ast.Constant))
+
+
+def as_printed(value, text):
+    """Whether a number is printed so: whole ones in full, others rounded to four digits."""
+    said = float(text.replace(",", ""))
+    whole = "e" not in text and said == int(said)
+    last = 0 if whole else 10.0 ** (math.floor(math.log10(abs(said))) - 3) / 2
+    # 1e-7: numbers in a formula have nine digits, and differences of a few of them lose some
+    return abs(said - value) <= last + 1e-7 * abs(value)
