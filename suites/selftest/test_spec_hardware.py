@@ -71,7 +71,8 @@ def test_a_file_of_ones_own_is_named_beside_its_hardware(tmp_path) -> None:
         ("island = 8", "island = 8\ncluster = 64", "cluster and cluster_link belong together"),
         (
             "island = 8",
-            'island = 8\ncluster = 12\ncluster_link = { bandwidth = 1e9, latency = 1e-5, source = "sheet", latency_source = "sheet" }',
+            'island = 8\ncluster = 12\ncluster_link = { bandwidth = 1e9, latency = 1e-5, source = "sheet", '
+            'latency_source = "sheet" }',
             "is not made of islands of 8",
         ),
         ("[source]", "[source", "cannot be read"),
