@@ -181,7 +181,7 @@ def _shown(name: str, value: float) -> str:
     if name in SHARES:
         return f"{value:.1%}"
     if name.startswith("usd"):
-        return f"{value:.5f}"
+        return f"{value:.4g}"
     return f"{value:,.0f}" if value == int(value) else f"{value:,.3f}"
 
 

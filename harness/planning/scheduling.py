@@ -119,18 +119,16 @@ class Drafts:
         """The same for drafts, one less a round, and how many of these rounds are used up."""
 
     def draw(self, left: int) -> tuple[int, Integers]:
-        """Rounds in which a request decides `left` tokens, and drafts that stood before each [rounds].
-
-        Uses up as many draws as there are tokens, whatever stands.
-        """
-        if self.used + left >= len(self.decided):
+        """Rounds in which a request decides `left` tokens, and drafts that stood before each [rounds]."""
+        if self.used + left >= len(self.decided):  # it may need as many rounds
             kept, drawn = np.diff(self.decided[self.used :]), self._rounds(max(left, DRAWN))
             self.decided, self.used = np.concatenate([[0], kept, drawn]).cumsum(), 0
             self.stood = self.decided - np.arange(len(self.decided))
-        first, self.used = self.used, self.used + left
-        decided = self.decided[first : self.used + 1]
+        first = self.used
+        decided = self.decided[first : first + left + 1]
         rounds = int(decided.searchsorted(decided[0] + left))
-        stood = self.stood[first : first + rounds]
+        self.used += rounds
+        stood = self.stood[first : self.used]
         return rounds, stood - stood[0]
 
     def _rounds(self, count: int) -> Integers:

@@ -36,7 +36,7 @@ from harness.theory.inference import pricer, request_mfu, steady_state
 from harness.theory.precision import PRECISIONS, Precision, precision
 from harness.theory.states import serving_memory
 
-COSTS = ("usd_per_1k", "usd_per_1k_input", "usd_per_1k_output")
+COSTS = ("usd_per_1k", "usd_per_1k_input", "usd_per_1k_decode")
 RESULTS = ("gpus", "batch", "sequences", "tpot", "ttft", "tokens_per_second", "mfu", *COSTS, "memory")
 """Columns beside Layout's fields that constraints may name: see `_evaluated`."""
 CONSTRAINED: Mapping[str, Collection[str] | None] = {
@@ -67,8 +67,8 @@ GOAL = Goal(
         rounded("tokens/s", "tokens_per_second"),
         percent("MFU", "mfu"),
         plain("USD per 1,000", "usd_per_1k"),
-        plain("1,000 in", "usd_per_1k_input"),
-        plain("1,000 out", "usd_per_1k_output"),
+        plain("USD per 1,000 in", "usd_per_1k_input"),
+        plain("USD per 1,000 out", "usd_per_1k_decode"),
         scaled("GB a GPU", "memory", GB),
         percent("of it weights", "weights_share"),
     ),
@@ -78,8 +78,8 @@ GOAL = Goal(
         "tokens/s": "output tokens of all GPUs",
         "MFU": "FLOP of all tokens, prompts' too, over the peak of all GPUs in the same time",
         "USD per 1,000": "rent of all GPUs for 1,000 output tokens, their prompts included",
-        "1,000 in": "USD for 1,000 prompt tokens: rent of what prompts add to passes",
-        "1,000 out": "USD for 1,000 output tokens without their prompts: rent of all the rest",
+        "USD per 1,000 in": "USD for 1,000 prompt tokens: rent of what prompts add to passes",
+        "USD per 1,000 out": "USD for 1,000 output tokens without their prompts: rent of all the rest",
     },
 )
 
@@ -103,9 +103,9 @@ def plan(
     """Layouts x batch x precision under continuous batching, `theory.inference.steady_state`, prompts whole.
 
     Requests of `prompt` and `output` tokens never run dry for the share `load` of the time, and none come in
-    the rest: all rent falls on those that do. tpot and ttft are in seconds, usd_per_1k is USD for 1,000 output
-    tokens with what reading their prompts takes, memory is bytes of the fullest rank with every sequence at
-    its full length. A pipeline runs a microbatch per stage where the batch has as many sequences.
+    the rest: all rent falls on those that do. tpot and ttft are in seconds, usd_per_1k is USD for 1,000
+    output tokens with what reading their prompts takes, memory is bytes of the fullest rank with every
+    sequence at its full length. A pipeline runs a microbatch per stage where the batch has as many sequences.
     Raises SpecError where nothing fits, or hardware does not multiply a precision.
     """
     counted("prompt", prompt)
@@ -186,7 +186,7 @@ def _evaluated(
         "mfu": request_mfu(priced, prompt, output, answered.tokens_per_second),
         "usd_per_1k": usd,
         "usd_per_1k_input": usd * reading * output / prompt,
-        "usd_per_1k_output": usd * (1 - reading),
+        "usd_per_1k_decode": usd * (1 - reading),
         "weights_share": columns["memory_weights"] / columns["memory"],
     }
 

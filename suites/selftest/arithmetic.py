@@ -1,4 +1,4 @@
-"""Formulas worked out without the audit: arithmetic and comparisons alone, and numbers as they are printed."""
+"""Formulas worked out without the audit, by arithmetic and comparisons alone, and numbers as printed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def worked_out(formula, values):
     """
     known, found = dict(values), None
     for line in ast.parse(formula).body:
-        if not is_arithmetic(ast.unparse(line.value), a_name=True):
+        if called(line) - set(FUNCTIONS):
             return None
         found = float(evaluated(line.value, known))
         if isinstance(line, ast.Assign):
@@ -58,14 +58,20 @@ def worked_out(formula, values):
     return found
 
 
-def is_arithmetic(text, *, a_name=False):
-    """Whether a text is an expression that can be worked out, and more than one number, or one name."""
+def called(tree):
+    """The functions that a formula names."""
+    return {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call)}
+
+
+def is_sum(text, *, of_names):
+    """Whether a text is an expression that can be worked out, of names and numbers or of numbers alone."""
     try:
         tree = ast.parse(text, mode="eval").body
     except SyntaxError:
         return False
-    called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    return not called - set(FUNCTIONS) and (a_name or not isinstance(tree, ast.Name | ast.Constant))
+    named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - called(tree)
+    single = isinstance(tree, ast.Name | ast.Constant)
+    return not single and not called(tree) - set(FUNCTIONS) and (of_names or not named)
 
 
 def as_printed(value, text):

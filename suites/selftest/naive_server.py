@@ -136,10 +136,9 @@ class NaiveServer:
         )
 
     def planned(self, left: int) -> list[int]:
-        """Tokens that each of so many rounds decides, drawn as the server draws them."""
-        length = self.policy.draft_length
-        if not length or not left:
-            return []
-        if self.policy.acceptance == 1:
-            return [1 + length] * left
-        return [min(int(n), 1 + length) for n in self.generator.geometric(1 - self.policy.acceptance, left)]
+        """Tokens that each round decides until so many are decided, drawn one by one."""
+        length, plan = self.policy.draft_length, list[int]()
+        while length and sum(plan) < left:
+            stop = length + 1 if self.policy.acceptance == 1 else self.generator.geometric(1 - self.policy.acceptance)
+            plan.append(min(int(stop), length + 1))
+        return plan

@@ -12,7 +12,7 @@ from harness.audit.sources import OUTCOMES, documents
 from harness.audit.units import UNITS
 from harness.audit.wording import decided
 from harness.spec import load, names
-from suites.selftest.arithmetic import as_printed, is_arithmetic, worked_out
+from suites.selftest.arithmetic import as_printed, is_sum, worked_out
 from suites.selftest.small_specs import claim, spec
 
 AUDITS = {name: audit(load(name)) for name in names()}
@@ -111,16 +111,16 @@ def test_every_sum_of_an_explanation_comes_out(name):
         for line in lines(found._judged, one.id):
             parts = line.strip().split(" = ")
             for place, part in enumerate(parts[1:-1], 1):
-                value = worked_out(part, {}) if is_arithmetic(part) else None
-                if value is None:
+                if not is_sum(part, of_names=False):
                     continue
+                value = worked_out(part, {})
                 for said in parts[place + 1 :]:
                     number, _, unit = said.partition(" ")
                     factor = UNITS[unit].factor if unit in UNITS else 1
                     assert as_printed(value / factor, number), line
                 sums += 1
     formulas = [finding.test.quantity.formula for v in found.verdicts for finding in v.findings]
-    assert sums == sum(is_arithmetic(line) for one in formulas for line in expressions(one))
+    assert sums == sum(is_sum(line, of_names=True) for one in formulas for line in expressions(one))
 
 
 def expressions(formula):
@@ -129,7 +129,7 @@ def expressions(formula):
 
 
 def test_a_rounding_is_told_apart_from_the_numbers():
-    """A constant that is a figure counts as printed; what its rounding makes of the result stands beside it."""
+    """A constant that is a figure counts as printed, and what its rounding does to the result stands beside it."""
     text = explain(LEAK.spec, "vision-io")
     assert "io_ratio = vision_bytes / text_bytes = 600 / 4 = 150\n" in text
     assert "with vision_bytes 550 to 650 and text_bytes 3.5 to 4.5: 122.2 to 185.7 x" in text

@@ -8,6 +8,7 @@ from harness._resources import specs_dir
 from harness.spec import SpecError
 from harness.spec.hardware import hardware_names, load_hardware
 
+LINK = '{ bandwidth = 1e9, latency = 1e-5, source = "sheet", latency_source = "sheet" }'
 GOOD = """[source]
 sheet = "a data sheet"
 
@@ -71,8 +72,7 @@ def test_a_file_of_ones_own_is_named_beside_its_hardware(tmp_path) -> None:
         ("island = 8", "island = 8\ncluster = 64", "cluster and cluster_link belong together"),
         (
             "island = 8",
-            'island = 8\ncluster = 12\ncluster_link = { bandwidth = 1e9, latency = 1e-5, source = "sheet", '
-            'latency_source = "sheet" }',
+            f"island = 8\ncluster = 12\ncluster_link = {LINK}",
             "is not made of islands of 8",
         ),
         ("[source]", "[source", "cannot be read"),
