@@ -64,6 +64,8 @@ def assemble(spec: Spec) -> Case:
     stated = frozenset(name.removeprefix(prefix) for name in named)
     whole = architecture_axes(spec, stated)
     names = {block: _axis_names(quantities, whole) for block, quantities in members.items()}
+    if any(link in axes for axes in names.values() for link in LINKS):
+        names.setdefault(ARCHITECTURE, tuple(axis.name for axis in whole))
     for claim in variables:
         homes = [block for block, axes in names.items() if claim.quantity in axes] or [claim.quantity]
         for block in homes:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.audit.axes import Axis, Grid, Numbers, chunks
+from harness.audit.formula import one_line
 from harness.audit.quantities import ARCHITECTURE, LINKS, QUANTITIES, argument
 from harness.audit.quantity import Quantity, Range
 from harness.audit.units import Unit
@@ -74,7 +75,8 @@ class Test:
                     self.claim.line,
                     f"{self.claim.id}.given",
                     f"{self.quantity.name} cannot be computed: {wrong}",
-                    right or f"give constants and facts at which {self.quantity.formula} is a number",
+                    right
+                    or f"give constants and facts at which {one_line(self.quantity.formula)} is a number",
                 )
             ) from None
 

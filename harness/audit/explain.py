@@ -85,8 +85,8 @@ def _finding(spec: Spec, finding: Finding) -> Iterator[str]:
     if where:
         yield f"    at {where}"
     if finding.linked:
-        kept = "where no completion here is; over all values" if finding.apart else "so that only these count"
-        yield f"    the claims on the architecture leave {joined(finding)}, {kept}"
+        kept = "no completion here has it, so that all count" if finding.apart else "only these count"
+        yield f"    the claims on the architecture leave {joined(finding)}: {kept}"
     share = f"{finding.holding:,} of {finding.admitted:,}"
     yield f"    theory: {theory(finding)} where the other claims hold; the figure fits at {share} completions"
     if finding.decider is not None:

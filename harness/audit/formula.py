@@ -55,6 +55,12 @@ def lines_of(formula: str) -> tuple[Line, ...]:
     return (*found, Line("", last))
 
 
+def one_line(formula: str) -> str:
+    """The formula as part of a sentence: the quantity first, then its steps."""
+    *steps, last = formula.splitlines()
+    return f"{last}, where {', '.join(steps)}," if steps else last
+
+
 def names_in(formula: str) -> tuple[str, ...]:
     """The names in a formula, each once, in order; those of functions and of steps are among them."""
     return tuple(dict.fromkeys(_NAME.findall(formula)))

@@ -46,12 +46,14 @@ UNITS: Mapping[str, Unit] = {
 TERMS: Mapping[str, str] = {
     **dict.fromkeys(("total", "active", "parameters", "experts", "active_experts"), "parameters"),
     **dict.fromkeys(("attention", "attention_other", "rest", "embeddings", "feed_forward"), "parameters"),
-    **dict.fromkeys(("expert_biases", "active_matrices", "baseline"), "parameters"),
+    **dict.fromkeys(("expert_biases", "active_matrices", "baseline", "held"), "parameters"),
     **dict.fromkeys(("tokens", "batch_tokens", "context", "batch"), "tokens"),
     **dict.fromkeys(("bandwidth", "network_bandwidth"), "B/s"),
-    **dict.fromkeys(("weight_bytes", "gradient_bytes", "optimizer_bytes"), "B/parameter"),
+    **dict.fromkeys(("weight_bytes", "gradient_bytes", "optimizer_bytes", "per_parameter"), "B/parameter"),
     **dict.fromkeys(("vision_bytes", "text_bytes"), "B/token"),
-    **dict.fromkeys(("tensor_parallel", "pipeline_parallel", "data_parallel", "expert_parallel"), "ways"),
+    **dict.fromkeys(
+        ("tensor_parallel", "pipeline_parallel", "data_parallel", "expert_parallel", "ways"), "ways"
+    ),
     **dict.fromkeys(("text_epochs", "code_epochs"), "epochs"),
     **dict.fromkeys(("words_per_minute", "known_words_per_minute"), "words/min"),
     **dict.fromkeys(("tokens_per_second", "known_tokens_per_second"), "tokens/s"),
@@ -66,6 +68,7 @@ TERMS: Mapping[str, str] = {
     "gpus": "GPUs",
     "days": "days",
     "peak_flops": "FLOP/s",
+    **dict.fromkeys(("mtbf", "interval", "period"), "s"),
 }
 """Of the names in formulas; the others count dimensions, or are pure numbers."""
 

@@ -119,7 +119,10 @@ class Drafts:
         """The same for drafts, one less a round, and how many of these rounds are used up."""
 
     def draw(self, left: int) -> tuple[int, Integers]:
-        """Rounds in which a request decides `left` tokens, and drafts that stood before each [rounds]."""
+        """Rounds in which a request decides `left` tokens, and drafts that stood before each [rounds].
+
+        The latter from any number on: the first is as good as 0.
+        """
         if self.used + left >= len(self.decided):  # it may need as many rounds
             kept, drawn = np.diff(self.decided[self.used :]), self._rounds(max(left, DRAWN))
             self.decided, self.used = np.concatenate([[0], kept, drawn]).cumsum(), 0
@@ -128,8 +131,7 @@ class Drafts:
         decided = self.decided[first : first + left + 1]
         rounds = int(decided.searchsorted(decided[0] + left))
         self.used += rounds
-        stood = self.stood[first : self.used]
-        return rounds, stood - stood[0]
+        return rounds, self.stood[first : self.used]
 
     def _rounds(self, count: int) -> Integers:
         """Tokens that rounds decide: drafts up to the first that does not stand, and one more."""
@@ -158,23 +160,25 @@ class Sums:
         self.until = 0
         """The round from which the ring holds nothing."""
 
-    def add(self, start: int, prompt: int, rounds: int, stood: Integers | None) -> None:
-        """A request decodes from round `start` on; `stood`: drafts that stood before each of its rounds."""
-        self.sum += prompt - start
+    def add(self, start: int, prompt: int, rounds: int, stood: Integers | None) -> int:
+        """A request decodes from round `start` on; `stood`: drafts that stood before each, as `Drafts.draw`.
+
+        Returns its share of `sum`, to be taken away when it has ended.
+        """
+        contexts = prompt - start
         if stood is not None:
+            contexts -= int(stood[0])
             self._ring(0, start, stood)
+        self.sum += contexts
         if prompt < self.near:
-            contexts = prompt + np.arange(rounds) + (0 if stood is None else stood)
-            missing = [np.minimum(contexts + i - self.window, 0) for i in range(1, self.verified + 1)]
+            each = contexts + np.arange(start, start + rounds) + (0 if stood is None else stood)
+            missing = [np.minimum(each + i - self.window, 0) for i in range(1, self.verified + 1)]
             self._ring(1, start, missing[0])
             self._ring(2, start, np.sum(missing, axis=0))
+        return contexts
 
-    def end(self, now: int, prompt: int, rounds: int) -> None:
-        """The request has ended in round `now`."""
-        self.sum -= prompt - (now - rounds)
-
-    def next(self, start: int, batch: int) -> tuple[int, int, int]:
-        """Cached tokens of a batch in the next round, of them those in a window, and pairs on a window layer."""
+    def at(self, start: int, batch: int) -> tuple[int, int, int]:
+        """Cached tokens of a batch in a round, of them those in a window, and pairs on a window layer."""
         whole = self.sum + batch * start, batch * self.near, batch * self.near_pairs
         if start >= self.until:
             return whole

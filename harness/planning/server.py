@@ -38,7 +38,7 @@ class Server:
         stride: int,
         ended: Callable[[], object],
     ) -> None:
-        self.step, self.policy, self.cache = step, policy, cache
+        self.step, self.policy, self.cache, self.window = step, policy, cache, step.window
         self.stride, self.on_end = stride, ended
         self.continuous = policy.batching == "continuous"
         self.budget = math.inf if policy.chunk is None else policy.chunk
@@ -49,7 +49,7 @@ class Server:
         self.need: list[float] = cache.held(load.prompts + load.outputs).tolist()
         count = len(load)
         self.sent, self.admitted, self.first, self.ended = ([0.0] * count for _ in range(4))
-        self.rounds = [0] * count
+        self.rounds, self.shares = [0] * count, [0] * count
         self.closed = load.at is None
         self.came = min(load.users, count) if self.closed else 0
         self.at = [math.inf] * (count + 1)
@@ -63,8 +63,7 @@ class Server:
         self.decoding: list[tuple[int, int]] = []
         """(round at whose beginning it has ended, request): a heap."""
         self.sums = Sums(max(self.outputs), step.window, self.verified)
-        generator = np.random.default_rng(seed)
-        self.drafts = Drafts(policy.draft_length, policy.acceptance, generator) if policy.draft_length else None
+        self.drafts = Drafts(policy.draft_length, policy.acceptance, np.random.default_rng(seed))
         self.held = 0  # slots
         self.reserved = self.peak = 0.0
         self.left = count
@@ -72,7 +71,7 @@ class Server:
         self.now = self.busy = self.filling = self.written = 0.0
 
     def serve(self) -> None:
-        """Iterations for as long as a request holds a slot, else wait for the next, until all are answered."""
+        """Iterations while a request holds a slot, else wait for the next, until all are answered."""
         decoding = self.decoding
         while self.left:
             self._admit()
@@ -127,8 +126,8 @@ class Server:
 
     def _mixed(self) -> None:
         """One iteration in which prompts are filled beside the requests that decode."""
-        batch, verified, window = len(self.decoding), self.verified, self.step.window
-        cached, near, near_pairs = self.sums.next(self.iterations, batch)
+        batch, verified, window = len(self.decoding), self.verified, self.window
+        cached, near, near_pairs = self.sums.at(self.iterations, batch)
         pairs = absorbed = cached * verified + batch * verified * (verified + 1) / 2
         tokens = sequences = batch * verified
         alone = drafting = 0.0
@@ -153,8 +152,15 @@ class Server:
                 break
             number, done = number + 1, 0
         took = self.step.seconds(
-            tokens, sequences, cached + expanded, pairs, near, near_pairs, absorbed, expanded,
-            sequences - batch * verified
+            tokens,
+            sequences,
+            cached + expanded,
+            pairs,
+            near,
+            near_pairs,
+            absorbed,
+            expanded,
+            sequences - batch * verified,
         )
         self.filling += took - alone
         took += drafting
@@ -168,7 +174,7 @@ class Server:
 
     def _plain(self, batch: int, cached: float, near: float) -> float:
         """Seconds of a pass that decodes one token for each request."""
-        pairs, near_pairs = cached + batch, 0 if self.step.window is None else near + batch
+        pairs, near_pairs = cached + batch, 0 if self.window is None else near + batch
         return self.step.seconds(batch, batch, cached, pairs, near, near_pairs, pairs)
 
     def _passed(self, iterations: int, running: int) -> None:
@@ -180,15 +186,15 @@ class Server:
         """A request has its first token, and decodes the rest in rounds of 1 to g + 1 tokens."""
         self.first[number] = self.now
         rounds, stood = self.outputs[number] - 1, None
-        if self.drafts is not None and rounds:
+        if self.policy.draft_length and rounds:
             rounds, stood = self.drafts.draw(rounds)
         self.rounds[number] = rounds
-        self.sums.add(self.iterations, self.prompts[number], rounds, stood)
+        self.shares[number] = self.sums.add(self.iterations, self.prompts[number], rounds, stood)
         heappush(self.decoding, (self.iterations + rounds, number))
 
     def _end(self, number: int) -> None:
         self.ended[number] = self.now
-        self.sums.end(self.iterations, self.prompts[number], self.rounds[number])
+        self.sums.sum -= self.shares[number]
         if self.continuous:
             self.held -= 1
             self.reserved -= self.need[number]

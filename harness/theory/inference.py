@@ -80,6 +80,8 @@ def mixed_times(priced: Pricer, decoding: Pass, prompts: Pass, each: Any, microb
     Sequences divide a batch, and nothing divides a prompt: it goes through all stages in one microbatch, so
     that k = min(m, max(1, each)) of them hold prompts beside their share of the decoding. Latency, slowest
     stage and `all_through` (prompts that begin together) are of these k; in a period a stage serves all m.
+    Passes are in step, as a simulated server's: microbatches without a prompt wait for those that hold one,
+    where an engine that lets them overtake would not, so that the period is an upper bound.
     """
     holding = least(most(each, 1), microbatches)
     plain = decoding.divided(microbatches)

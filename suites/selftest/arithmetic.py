@@ -70,14 +70,14 @@ def is_sum(text, *, of_names):
     except SyntaxError:
         return False
     named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - called(tree)
-    single = isinstance(tree, ast.Name | ast.Constant)
+    single = isinstance(tree, ast.Name | ast.Constant | ast.Tuple)  # 8,192
     return not single and not called(tree) - set(FUNCTIONS) and (of_names or not named)
 
 
 def as_printed(value, text):
-    """Whether a number is printed so: whole ones in full, others rounded to four digits."""
+    """Whether a number is printed so: rounded to four digits, or to a whole number of five or six."""
     said = float(text.replace(",", ""))
-    whole = "e" not in text and said == int(said)
-    last = 0 if whole else 10.0 ** (math.floor(math.log10(abs(said))) - 3) / 2
+    last = 10.0 ** (math.floor(math.log10(abs(said))) - 3) if said else 1e-300
+    last = min(last, 1) if "e" not in text else last
     # 1e-7: numbers in a formula have nine digits, and differences of a few of them lose some
-    return abs(said - value) <= last + 1e-7 * abs(value)
+    return abs(said - value) <= last / 2 + 1e-7 * abs(value)

@@ -139,6 +139,10 @@ class NaiveServer:
         """Tokens that each round decides until so many are decided, drawn one by one."""
         length, plan = self.policy.draft_length, list[int]()
         while length and sum(plan) < left:
-            stop = length + 1 if self.policy.acceptance == 1 else self.generator.geometric(1 - self.policy.acceptance)
+            stop = (
+                length + 1
+                if self.policy.acceptance == 1
+                else self.generator.geometric(1 - self.policy.acceptance)
+            )
             plan.append(min(int(stop), length + 1))
         return plan

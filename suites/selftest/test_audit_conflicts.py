@@ -16,6 +16,7 @@ from harness.audit.conflicts import members_of, minimal_conflicts
 from harness.audit.deciders import deciders, steps
 from harness.audit.optima import Optima
 from harness.spec.printed import interval
+from harness.theory import parameters
 from suites.selftest.small_specs import BASE, claim, spec
 
 
@@ -183,6 +184,155 @@ def test_verdicts_of_random_specs_are_leave_one_out(tmp_path, seed):
         answers = {name in one for one in held if len(one - {name}) == most}
         expected = "undetermined" if len(answers) > 1 else "consistent" if True in answers else "contradicts"
         assert verdict.outcome == expected
+
+
+TOKENS = [1_000_000, 2_000_000, 5_000_000]
+BASELINE = 1000
+LINKED = {
+    "parameters.active": ("architecture", "run", "davinci"),
+    "parameters.total": ("architecture",),
+    "architecture.n_layers": ("architecture",),
+    "architecture.d_model": ("architecture",),
+    "training.flops": ("run",),
+    "training.tokens": ("run",),
+    "parameters.active_growth": ("davinci",),
+}
+"""Quantities and the blocks that test them; "run" and "davinci" take the active parameters as given."""
+EXTRAS = {
+    "parameters.active": 'given = { convention = "all" }',
+    "parameters.total": 'given = { convention = "all" }',
+    "parameters.active_growth": f"given = {{ baseline = {BASELINE} }}",
+}
+
+
+def linked_value(name, here):
+    """A quantity at one completion of a block that tests it."""
+    if name == "training.flops":
+        return 6 * here["parameters.active"] * here["training.tokens"]
+    return here["parameters.active"] / BASELINE if name == "parameters.active_growth" else here[name]
+
+
+def models(small, stated):
+    """Every completion of the small model, with its counts."""
+    for d_model, factor, groups, layers in product([64, 128], [2.5, 4], [1, 4], [2, 4] if stated else [4]):
+        ffn = {"ffn.d_ff": int(factor * d_model), "attention.n_kv_heads": groups}
+        built = small.complete({"d_model": d_model, "n_layers": layers, **ffn})
+        counts = {"parameters.total": parameters.total(built), "parameters.active": parameters.active(built)}
+        yield {"architecture.d_model": d_model, "architecture.n_layers": layers, **counts}
+
+
+def linked_claims(draw, completions):
+    """Claims on the model and on what takes its size as given: id -> (quantity, figure, kind)."""
+    names = ["training.flops", "parameters.active_growth"]
+    names += [draw.choice(list(LINKED)) for _ in range(draw.randint(2, 5))]
+    found = {}
+    for i, name in enumerate(names):
+        here = {**draw.choice(completions), "training.tokens": draw.choice(TOKENS)}
+        kind = draw.choice(["claim", "claim", "assumption"])
+        found[f"c{i}"] = (name, printed(draw, linked_value(name, here)), kind)
+    return found
+
+
+def linked_audit(tmp_path, seed):
+    """An audit of random claims, its claims, and every completion of each block."""
+    draw = random.Random(seed)
+    base = BASE.replace("gpus = [10, 20]", f"tokens = {TOKENS}")
+    figures = linked_claims(draw, list(models(spec(tmp_path, base=base), stated=True)))
+    texts = [
+        claim(c, name, (text, "", "A"), extra=f'{EXTRAS.get(name, "")}\nkind = "{kind}"')
+        for c, (name, text, kind) in figures.items()
+    ]
+    small = spec(tmp_path, *texts, base=base)
+    found = audit(small)
+    stated = any(name == "architecture.n_layers" for name, _, _ in figures.values())
+    axes = {b.name: {axis.name: axis.values for axis in b.axes} for b in found._judged.case.blocks}
+    active = {name: axes[name]["parameters.active"] for name in ("run", "davinci")}
+    pairs = product(active["run"], TOKENS)
+    completions = {
+        "architecture": list(models(small, stated)),
+        "run": [{"parameters.active": a, "training.tokens": t} for a, t in pairs],
+        "davinci": [{"parameters.active": a} for a in active["davinci"]],
+    }
+    return found, figures, completions
+
+
+def held_at(figures, block, here):
+    """The claims that hold at one completion of a block, of those that it tests."""
+    tested = {c: figure for c, figure in figures.items() if block in LINKED[figure[0]]}
+    return frozenset(c for c, (name, text, _) in tested.items() if linked_value(name, here) in interval(text))
+
+
+def best_without(figures, held, dropped):
+    """Every way to take one set of held claims from each block that is best for all claims but one."""
+    found = {}
+    for choice in product(*held.values()):
+        kept = dict(zip(held, choice, strict=True))
+        good = [c for c, f in figures.items() if c != dropped and all(c in kept[b] for b in LINKED[f[0]])]
+        kinds = [figures[c][2] for c in good]
+        found.setdefault((kinds.count("claim"), kinds.count("assumption")), []).append(kept)
+    return found[max(found)]
+
+
+def between(values, low, high):
+    """The values from the last one that is not above `low` to the first that is not below `high`."""
+    least, most = max(v for v in values if v <= low), min(v for v in values if v >= high)
+    return {v for v in values if least <= v <= most}
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_verdicts_of_random_specs_join_blocks_by_their_links(tmp_path, seed):
+    """Against brute force: a size that a block takes as given is one that the best models have."""
+    found, figures, completions = linked_audit(tmp_path, seed)
+    patterns = {b: [held_at(figures, b, here) for here in every] for b, every in completions.items()}
+    held = {block: sorted(set(every), key=sorted) for block, every in patterns.items()}
+    for verdict in found.verdicts:
+        name = verdict.claim.id
+        best = best_without(figures, held, name)
+        chosen = {
+            block: [here for here, one in zip(every, patterns[block], strict=True) if one in kept]
+            for block, every in completions.items()
+            for kept in [{one[block] for one in best}]
+        }
+        sizes = [here["parameters.active"] for here in chosen["architecture"]]
+        answers = []
+        for block in LINKED[figures[name][0]]:
+            tried = between([h["parameters.active"] for h in completions[block]], min(sizes), max(sizes))
+            joined = [here for here in chosen[block] if here["parameters.active"] in tried]
+            finding = next(one for one in verdict.findings if one.block == block)
+            assert finding.apart == (not joined)
+            assert finding.admitted == len(joined or chosen[block])
+            answers.append({name in held_at(figures, block, here) for here in joined or chosen[block]})
+        outcome = "consistent" if {True} in answers else "undetermined"
+        assert verdict.outcome == ("contradicts" if {False} in answers else outcome)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_conflicts_of_linked_blocks_are_over_the_whole_range(tmp_path, seed):
+    """Every conflict is one of a single block alone, whatever the models leave of its link; none is lost."""
+    found, figures, completions = linked_audit(tmp_path, seed)
+    broken = set()
+    for block, every in completions.items():
+        held = {held_at(figures, block, here) for here in every}
+        tested = [c for c, figure in figures.items() if block in LINKED[figure[0]]]
+        sets = [frozenset(kept) for n in range(1, len(tested) + 1) for kept in combinations(tested, n)]
+        broken |= {one for one in sets if not any(one <= other for other in held)}
+    members = {frozenset(member.claim.id for member in one.members) for one in found.conflicts}
+    assert members == {one for one in broken if not any(other < one for other in broken)}
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_link_is_tried_at_the_ends_of_what_the_models_leave(tmp_path, seed):
+    """Each end of the sizes that the claims on the model leave, all of them or all but one, is tried."""
+    _, figures, completions = linked_audit(tmp_path, seed)
+    models = completions["architecture"]
+    weights = {"claim": 100, "assumption": 1}
+    for dropped in ("", *figures):
+        held = [held_at(figures, "architecture", here) - {dropped} for here in models]
+        worth = [sum(weights[figures[c][2]] for c in one) for one in held]
+        best = [here for here, one in zip(models, worth, strict=True) if one == max(worth)]
+        sizes = {here["parameters.active"] for here in best}
+        for block in ("run", "davinci"):
+            assert {min(sizes), max(sizes)} <= {here["parameters.active"] for here in completions[block]}
 
 
 def test_a_single_axis_decides_where_it_does():

@@ -122,8 +122,10 @@ def test_the_training_bill_does_not_add_up():
 
 
 def test_the_memory_of_40_gb_needs_more_sharding_than_stage_1():
-    """Under TP x PP alone, 30 GB of weights with gradients leave no room on 40 GB under ZeRO stage 1, and do
-    from stage 2 on; experts that lie on several data-parallel ranks would make room."""
+    """Under TP x PP alone ZeRO stage 1 leaves no room on 40 GB and stage 2 does, or experts on more ranks.
+
+    30 GB of weights with gradients fill it; experts that lie on several data-parallel ranks would make room.
+    """
     alone = audit(assume(LEAK, ["expert_ranks=1"]))
     assert outcomes(alone, "optimizer-sharding") == {"1": "contradicts", "1-3": "consistent"}
     divided = audit(assume(LEAK, ["expert_ranks=2"]))
@@ -256,6 +258,26 @@ def test_derivations_give_the_value_that_theory_gives():
     assert checked > 80
     procedures = {"speculation.best_length", "batching.finished_sequences", "scaling.more_experts_help"}
     assert skipped <= procedures
+
+
+@pytest.mark.parametrize(
+    ("claim", "block", "link"),
+    [
+        ("forward-over-davinci", "davinci", "parameters.active"),
+        ("training-flops", "run", "parameters.active"),
+        ("weights-per-gpu-training", "training layout", "parameters.total"),
+        ("weights-per-gpu-serving", "serving layout", "parameters.total"),
+    ],
+)
+def test_what_takes_a_size_as_given_takes_one_that_a_model_has(claim, block, link):
+    """The range is over the sizes of the models that the claims on the architecture leave, ends included."""
+    stated = {"parameters.active": (2.75e11, 2.85e11), "parameters.total": (1.75e12, 1.85e12)}[link]
+    one = finding(AUDIT, claim, block)
+    low, high = one.linked[link]
+    assert stated[0] < low < high < stated[1]
+    assert not one.apart
+    if claim == "forward-over-davinci":
+        assert (one.low, one.high) == pytest.approx((low / 175e9, high / 175e9), rel=1e-12)
 
 
 def test_explanations_show_numbers_and_the_way_out():

@@ -129,7 +129,7 @@ def expressions(formula):
 
 
 def test_a_rounding_is_told_apart_from_the_numbers():
-    """A constant that is a figure counts as printed, and what its rounding does to the result stands beside it."""
+    """A constant that is a figure counts as printed, and what its rounding does stands beside it."""
     text = explain(LEAK.spec, "vision-io")
     assert "io_ratio = vision_bytes / text_bytes = 600 / 4 = 150\n" in text
     assert "with vision_bytes 550 to 650 and text_bytes 3.5 to 4.5: 122.2 to 185.7 x" in text

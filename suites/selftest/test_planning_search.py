@@ -19,7 +19,7 @@ from harness.planning.selection import pareto
 from harness.planning.settings import completed
 from harness.spec import SpecError, load
 from harness.spec.hardware import load_hardware
-from harness.theory.inference import pricer, steady_state
+from harness.theory.inference import pricer, request_mfu, steady_state
 from harness.theory.layout import Layout, check
 from harness.theory.precision import Precision, precision
 from harness.theory.states import Memory, serving_memory, training_memory
@@ -200,11 +200,13 @@ def test_serving_layouts_can_be_and_fit(name: str) -> None:
         need = kept(question, layout, form, facts["batch"])
         assert need == pytest.approx(facts["memory"], rel=1e-12)
         assert need <= question.room
-        rounds = min(layout.pipeline_parallel, facts["batch"])
         priced = pricer(question.architecture, question.hardware, layout, form)
-        answered = steady_state(priced, facts["sequences"], PROMPT, OUTPUT, rounds, "whole")
+        stages = layout.pipeline_parallel
+        answered = steady_state(priced, facts["sequences"], PROMPT, OUTPUT, stages, "whole")
         assert float(answered.tpot) == pytest.approx(facts["tpot"], rel=1e-9)
+        assert float(answered.ttft) == pytest.approx(facts["ttft"], rel=1e-9)
         rate = float(answered.tokens_per_second)
+        assert float(request_mfu(priced, PROMPT, OUTPUT, rate)) == pytest.approx(facts["mfu"], rel=1e-9)
         assert facts["usd_per_1k"] == pytest.approx(16 * question.price / 3.6 / rate, rel=1e-9)
 
 
@@ -232,7 +234,7 @@ def test_the_search_for_serving_agrees_with_trying_one_by_one() -> None:
             form, together = precision(name), batch * layout.data_parallel
             if kept(question, layout, form, batch) <= question.room:
                 priced = pricer(question.architecture, question.hardware, layout, form)
-                answer = steady_state(priced, together, PROMPT, OUTPUT, min(pp, batch), "whole")
+                answer = steady_state(priced, together, PROMPT, OUTPUT, pp, "whole")
                 price = 8 * question.price / 3.6 / float(answer.tokens_per_second)
                 points.append((float(answer.tpot), price))
     found = served(question)

@@ -8,17 +8,20 @@ from __future__ import annotations
 import json
 import math
 import re
-import time
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from harness.cli import app, main
-from harness.planning import outcome
+from harness.planning import outcome, scheduling
 from harness.planning.deployment import Deployment, divided
 from harness.planning.scheduling import Batching, Policy
-from harness.planning.simulation import simulate
+from harness.planning.simulation import Record, simulate
 from harness.planning.workload import Workload, arrivals, lengths, workload
 from harness.spec import load
 from harness.spec.hardware import load_hardware
@@ -256,19 +259,78 @@ def test_lengths_follow_their_law() -> None:
     assert variation == pytest.approx(0.8, rel=SIGMAS * math.sqrt((kurtosis - 1) / (4 * 100_000)))
 
 
-@pytest.mark.parametrize("name", ["mixtral-8x7b", "gpt-oss-120b", "deepseek-v3"])
-def test_iterations_are_simulated_fast(name: str) -> None:
-    """At least 1e5 decode iterations a second of processor time, each priced at its own context."""
-    deployment, policy = deployed(name, 16), Policy(16, chunk=2048)
-    sent = workload(400, "1024", "2048", rate=math.inf)
+def lines_run(work: Callable[[], Record]) -> tuple[Record, int]:
+    """What a call returns, and how many lines of Python it runs."""
+    count = 0
+
+    def trace(_: FrameType, event: str, __: object) -> Any:
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        return work(), count
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.parametrize(
+    ("name", "slots", "load_", "drafts"),
+    [
+        ("mixtral-8x7b", 256, {"rate": 60}, {}),
+        ("mixtral-8x7b", 256, {"concurrency": 256}, {}),
+        ("mixtral-8x7b", 512, {"concurrency": 512}, {}),
+        ("gpt-oss-120b", 256, {"concurrency": 256}, {}),
+        ("deepseek-v3", 256, {"rate": 20}, {"draft_length": 3, "acceptance": 0.7}),
+    ],
+)
+def test_iterations_are_cheap(name: str, slots: int, load_: dict[str, Any], drafts: dict[str, Any]) -> None:
+    """However many slots hold requests of any length, an iteration runs fewer than 150 lines of Python.
+
+    With them come those of the requests that begin and end in it, and its prices. A line takes some 60 ns, so
+    that 150 of them make 1e5 iterations a second; what they are in fact the command prints.
+    """
+    deployment, policy = deployed(name, 16), Policy(slots, chunk=2048, **drafts)
+    sent = workload(2_000, "lognormal:1000:1", "lognormal:256:1", **load_)
     steps, cache = deployment.steps(policy), deployment.cache(sent, policy)
-    rates = []
-    for _ in range(3):  # others share the processor
-        start = time.process_time()
-        found = simulate(sent, steps, policy, cache)
-        rates.append(found.iterations / (time.process_time() - start))
-    assert found.iterations > 25 * 2048
-    assert max(rates) > 1e5
+    found, lines = lines_run(lambda: simulate(sent, steps, policy, cache))
+    assert found.running > slots / 8 * found.iterations
+    assert lines < 150 * found.iterations
+
+
+def test_iterations_are_priced_once() -> None:
+    """Each iteration at its own counts, and once more where prompts join others, to tell what they add."""
+    prices: list[tuple[float, ...]] = []
+
+    class Listing(Constant):
+        def seconds(self, *counts: float) -> float:
+            prices.append(counts)
+            return 1.0
+
+    sent = workload(3, "5", "100", rate=math.inf)
+    assert simulate(sent, Listing(), Policy(3)).iterations == len(prices) == 100
+    assert [counts[2] for counts in prices[1:]] == [3 * (5 + i) for i in range(99)]
+    prices.clear()
+    found = simulate(
+        Workload(np.array([5, 5]), np.array([100, 50]), np.array([0.0, 9.5])), Listing(), Policy(2)
+    )
+    assert len(prices) == found.iterations + 1
+
+
+@pytest.mark.parametrize("drawn", [1, 7, 64])
+def test_drafts_do_not_depend_on_how_many_are_drawn_at_once(
+    drawn: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounds are those of one generator in the order of the requests, whatever is drawn ahead."""
+    sent = workload(50, "10", "uniform:1-40", rate=math.inf)
+    policy = Policy(4, draft_length=3, acceptance=0.7)
+    whole = simulate(sent, Counting(3), policy)
+    monkeypatch.setattr(scheduling, "DRAWN", drawn)
+    some = simulate(sent, Counting(3), policy)
+    for figure in ("ended", "rounds", "busy"):
+        assert np.array_equal(getattr(whole, figure), getattr(some, figure))
 
 
 def run(*words: str) -> str:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from harness.spec import load
 from harness.spec.hardware import Hardware, load_hardware
-from harness.theory import parameters
+from harness.theory import flops, parameters
 from harness.theory.inference import (
     NOTHING,
     Mixing,
@@ -20,11 +20,13 @@ from harness.theory.inference import (
     Pricer,
     decode,
     decode_mfu,
+    mixed_times,
     phase_rates,
     pipeline_times,
     prefill,
     pricer,
     request,
+    request_mfu,
     steady_state,
 )
 from harness.theory.layout import Layout
@@ -111,6 +113,115 @@ def test_mixing_prompts_in_evenly_is_fastest(batch: int, prompt: int, output: in
     assert forever.tpot == pytest.approx(step, rel=1e-5)  # a prompt in a billion passes
     with pytest.raises(ValueError, match="no mixing"):
         steady_state(one, 1, 1, 1, mixing="never")  # type: ignore[arg-type]
+
+
+def answers(one: Pricer, batch: int, prompt: int = 1000, output: int = 100) -> list[float]:
+    """TTFT and TPOT of a static batch, and of steady ones under every mixing."""
+    modes: tuple[Mixing, ...] = ("even", "whole", "separate")
+    stages = one.layout.pipeline_parallel
+    found = [request(one, batch, prompt, output, stages)]
+    found += [steady_state(one, batch, prompt, output, stages, mixing) for mixing in modes]
+    return [float(value) for each in found for value in (each.ttft, each.tpot)]
+
+
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "llama-3.1-70b", "gpt-oss-20b", "deepseek-v3"])
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_request_is_not_divided_over_data_parallel_ranks(name: str, stages: int) -> None:
+    """Alone, or with no more of them than ranks, requests wait as long as a lone one on one rank.
+
+    No expert is shared between ranks here: those that are see the tokens of all.
+    """
+    ways: dict[str, Any] = {"tensor_parallel": 8, "pipeline_parallel": stages}
+    alone = answers(priced(name, "h200", **ways), 1)
+    for ranks in (2, 8):
+        one = priced(name, "h200", data_parallel=ranks, **ways)
+        for batch in (1, 2, ranks):
+            if batch <= ranks:
+                assert answers(one, batch) == pytest.approx(alone, rel=EXACT)
+
+
+def test_ranks_that_share_experts_send_them_what_there_is() -> None:
+    """A token on one of 8 ranks touches the experts of a token; idle ranks add nothing to their load."""
+    one = priced("deepseek-v3", "h200", data_parallel=8, expert_parallel=8)
+    lone = decode(one.architecture, 1, 500).spread(1, 8)
+    assert (lone.tokens, lone.routed) == (8, 1)
+    assert one.classes(lone)[1] == one._experts(1)
+    assert one.classes(lone)[0] == priced("deepseek-v3", "h200").classes(decode(one.architecture, 1, 500))[0]
+    both = lone + prefill(one.architecture, 3, 100).spread(3, 8)
+    assert both.routed == pytest.approx(301)
+    assert both.divided(2).routed == pytest.approx(150.5)
+    assert both.tokens == pytest.approx(8 + 800)  # as if every rank had a prompt and a token
+
+
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "llama-3.1-70b", "gpt-oss-20b"])
+def test_more_ranks_never_slow_a_batch(name: str) -> None:
+    """A fixed batch on more data-parallel ranks waits no longer for tokens, at any size."""
+    for batch in (1, 3, 8, 100, 4096):
+        found = [answers(priced(name, tensor_parallel=8, data_parallel=n), batch)[1::2] for n in (1, 2, 4, 8)]
+        for fewer, more in itertools.pairwise(found):
+            assert all(b <= a * (1 + EXACT) for a, b in zip(fewer, more, strict=True))
+
+
+@pytest.mark.parametrize("stages", [1, 2, 8])
+@pytest.mark.parametrize("output", [1, 2, 256])
+def test_a_prompt_is_not_divided_over_a_pipeline(stages: int, output: int) -> None:
+    """No batch has its first token before a whole prompt is through, nor earlier than a smaller batch."""
+    one = priced("mixtral-8x7b", tensor_parallel=8 // stages, pipeline_parallel=stages)
+    modes: tuple[Mixing, ...] = ("whole", "separate")
+    for mixing in modes:
+        batches = (1, 2, 3, 5, 8, 16, 40, 64, 100, 256, 1000, 4096)
+        first = [steady_state(one, n, 2048, output, stages, mixing).ttft for n in batches]
+        assert first[0] >= one.of(prefill(one.architecture, 1, 2048)) * (1 - EXACT)
+        assert all(b >= a * (1 - EXACT) for a, b in itertools.pairwise(first))
+    static = [request(one, n, 2048, output, stages).ttft for n in batches]
+    assert all(b >= a * (1 - EXACT) for a, b in itertools.pairwise(static))
+
+
+@given(st.integers(1, 8), st.integers(1, 64), st.integers(1, 64))
+def test_prompts_lie_in_as_many_microbatches_as_there_are(m: int, sequences: int, prompts: int) -> None:
+    """With one in each it is the pass divided; with fewer some are plain, and a stage serves both."""
+    one = priced("llama-3.1-70b", tensor_parallel=2, pipeline_parallel=4)
+    decoding, reading = decode(one.architecture, sequences, 700), prefill(one.architecture, prompts, 300)
+    found = mixed_times(one, decoding, reading, prompts, m)
+    if prompts >= m:
+        whole = pipeline_times(one, decoding + reading, m)
+        assert found.period == pytest.approx(whole.period, rel=EXACT)
+        assert found.all_through == pytest.approx(whole.all_through, rel=EXACT)
+    else:
+        plain = decoding.divided(m)
+        fuller = plain + prefill(one.architecture, 1, 300)
+        served = prompts * one.slowest_stage(fuller) + (m - prompts) * one.slowest_stage(plain)
+        assert found.period == pytest.approx(max(one.of(fuller), served), rel=EXACT)
+    assert found.tokens_per_second == pytest.approx((sequences + 300 * prompts) / found.period, rel=EXACT)
+
+
+def test_prompts_take_what_they_add_to_passes() -> None:
+    """Without them a token would take `filling` less; of a static batch it is the prefill."""
+    one = priced("llama-3.1-8b")
+    for mixing in ("even", "whole", "separate"):
+        found = steady_state(one, 64, 1000, 100, mixing=mixing)
+        step = one.of(decode(one.architecture, 64 - 0.64, 1000 + 49))
+        assert found.tpot - found.filling == pytest.approx(step, rel=EXACT)
+    static = request(one, 64, 1000, 100)
+    assert 64 / static.tokens_per_second - static.filling == pytest.approx(0.99 * static.tpot, rel=EXACT)
+
+
+def test_utilisation_of_requests_is_of_all_their_flops() -> None:
+    """MFU of prompts and answers lies between those of the phases, and nears the prompts' for long ones."""
+    one = priced("llama-3.1-8b")
+    found = steady_state(one, 64, 1000, 100)
+    mfu = request_mfu(one, 1000, 100, found.tokens_per_second)
+    played = sum(
+        flops.forward_total(one.architecture, 1, 1, cached=1000 + i, attention="causal") for i in range(99)
+    )
+    played += flops.forward_total(one.architecture, 1, 1000, attention="causal", logits="last")
+    peak = one.hardware.peak_flops("bfloat16")
+    assert mfu == pytest.approx(
+        played * found.tokens_per_second / 100 / peak, rel=1e-5
+    )  # steps at their middle
+    assert decode_mfu(one, 64, 1050) < mfu < 1
+    long = steady_state(one, 64, 8000, 1)
+    assert request_mfu(one, 8000, 1, long.tokens_per_second) > 0.95
 
 
 def test_a_static_batch_is_its_steps_played_out() -> None:

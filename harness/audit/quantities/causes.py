@@ -15,11 +15,11 @@ _FAILING = (
     "assumptions.checkpoint_seconds",
     "assumptions.restart_seconds",
 )
-_MTBF = "(3600 / (gpus * failures_per_gpu_hour))"
-_INTERVAL = f"(2 * checkpoint_seconds * {_MTBF}) ** 0.5"
 _GOODPUT = (
-    f"{_INTERVAL} / ({_MTBF} * exp(restart_seconds / {_MTBF})"
-    f" * (exp(({_INTERVAL} + checkpoint_seconds) / {_MTBF}) - 1))"
+    "mtbf = 3600 / (gpus * failures_per_gpu_hour)\n"
+    "interval = (2 * checkpoint_seconds * mtbf) ** 0.5\n"
+    "period = mtbf * exp(restart_seconds / mtbf) * (exp((interval + checkpoint_seconds) / mtbf) - 1)\n"
+    "goodput = interval / period\n"
 )
 
 
@@ -34,7 +34,7 @@ def _goodput(gpus: Any, failures_per_gpu_hour: Any, checkpoint_seconds: Any, res
     "training.mfu_under_restarts",
     "x",
     "restarts",
-    f"matmul_efficiency * {_GOODPUT}",
+    f"{_GOODPUT}matmul_efficiency * goodput",
     "assumptions.matmul_efficiency",
     *_FAILING,
 )
@@ -53,7 +53,8 @@ def _mfu_under_restarts(
     "training.mfu_under_all_causes",
     "x",
     "all causes",
-    f"matmul_efficiency * {_GOODPUT} / (1 + (pipeline_parallel - 1) / microbatches) / (1 + network_share)",
+    f"{_GOODPUT}bubble = (pipeline_parallel - 1) / microbatches\n"
+    "matmul_efficiency * goodput / (1 + bubble) / (1 + network_share)",
     "assumptions.matmul_efficiency",
     *_FAILING,
     "training.pipeline_parallel",

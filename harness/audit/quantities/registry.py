@@ -16,7 +16,10 @@ Closed = Callable[..., Any]
 def quantity(
     name: str, dimension: str, block: str, formula: str, *axes: str, side: Side = "exact"
 ) -> Callable[[Closed], Closed]:
-    """Register a closed form; its arguments that are no axis are constants which a claim gives."""
+    """Register a closed form; its arguments that are no axis are constants which a claim gives.
+
+    A long formula has steps: lines `name = expression` before the last one (`harness.audit.formula`).
+    """
 
     def _register(compute: Closed) -> Closed:
         if block == "architecture" and any(map(is_axis, axes)):

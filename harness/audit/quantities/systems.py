@@ -93,11 +93,12 @@ def _training_weights(
     "training.spare_memory",
     "B",
     STATES,
-    "gpu_memory - total / (tensor_parallel * pipeline_parallel)"
-    " * (1 - experts_share + experts_share / expert_ranks) * ("
-    "weight_bytes / (gpus / (tensor_parallel * pipeline_parallel)) ** (zero_stage >= 3)"
-    " + gradient_bytes / (gpus / (tensor_parallel * pipeline_parallel)) ** (zero_stage >= 2)"
-    " + optimizer_bytes / (gpus / (tensor_parallel * pipeline_parallel)) ** (zero_stage >= 1))",
+    "ways = tensor_parallel * pipeline_parallel\n"
+    "replicas = gpus / ways\n"
+    "per_parameter = weight_bytes / replicas ** (zero_stage >= 3)"
+    " + gradient_bytes / replicas ** (zero_stage >= 2) + optimizer_bytes / replicas ** (zero_stage >= 1)\n"
+    "held = total / ways * (1 - experts_share + experts_share / expert_ranks)\n"
+    "gpu_memory - held * per_parameter",
     "parameters.total",
     "training.tensor_parallel",
     "training.pipeline_parallel",
