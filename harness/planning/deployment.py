@@ -5,7 +5,9 @@ Letters: p pipeline stages, d data-parallel ranks.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import add, sub
 
 from harness.planning.scheduling import Cache, Policy
 from harness.planning.settings import rates
@@ -16,7 +18,7 @@ from harness.spec.hardware import Hardware
 from harness.theory import states
 from harness.theory.efficiency import IDEAL, Efficiency
 from harness.theory.fitting import refuse
-from harness.theory.inference import Pass, Pricer, mixed_times, pricer
+from harness.theory.inference import Pass, Pricer, pricer
 from harness.theory.layout import Layout, check
 from harness.theory.precision import Precision
 from harness.theory.sharding import contents, telling_stages
@@ -24,21 +26,29 @@ from harness.theory.sharding import contents, telling_stages
 REMEMBERED = 100_000
 """Sizes of a pass whose time without attention is kept."""
 
+Counts = tuple[float, float, float, float]
+"""Tokens and sequences; seconds of attention if multiplying, and if reading alone bounds it."""
+Microbatch = tuple[float, float, float, float, float]
+"""The same, with the tokens that are routed as the second: those of all ranks, not d times the busiest's."""
+
 
 class Priced:
     """Step times of `harness.theory.inference`, quick for passes of a size that was priced before.
 
-    All of a pass but its attention depends on how many tokens it has, and is priced once for each number. In
-    a pipeline the batch runs as up to p microbatches, a prompt in one of them, and an iteration takes until
-    each has come round, the period of `inference.mixed_times`. Data-parallel ranks share requests, not tokens
-    (`Pass.spread`), and run in step: an iteration takes what the busiest of them does.
+    All of a pass but attention, logits and overheads of sequences depends on how many tokens it has, and is
+    priced once for each number. In a pipeline the batch runs as up to p microbatches, a prompt in one of
+    them, and an iteration takes until each has come round, the period of `inference.mixed_times`.
+    Data-parallel ranks share requests, not tokens (`Pass.spread`), and run in step: an iteration takes what
+    the busiest of them does.
     """
 
     def __init__(self, priced: Pricer, verified: int = 1) -> None:
         """`verified`: tokens that each request decodes in one pass, g + 1 where g are drafted."""
         self.priced, self.verified = priced, verified
         self.stages, self.ranks = int(priced.layout.pipeline_parallel), int(priced.layout.data_parallel)
-        self.rests: dict[tuple[float, float], tuple[float, float, float]] = {}
+        layers = priced.architecture.n_layers
+        self.layers, self.fewest, self.most = layers, layers // self.stages, -(-layers // self.stages)
+        self.rests: dict[tuple[float, float], tuple[float, float]] = {}
 
     @property
     def window(self) -> int | None:
@@ -61,20 +71,7 @@ class Priced:
 
         `prompts` of the sequences are read, the others decode.
         """
-        one, stages, share, microbatches = self.priced, self.stages, 1.0, 1.0
-        if stages > 1 or self.ranks > 1:
-            if prompts:
-                whole = Pass(
-                    tokens, sequences, cached, pairs, window_cached, window_pairs, absorbed, expanded
-                )
-                return self._mixed(whole, prompts)
-            batch = max(1.0, sequences / self.verified)
-            microbatches = min(stages, max(1.0, batch / self.ranks))
-            share = max(1.0, self.ranks / batch) / microbatches
-        found = self.rests.get((tokens, sequences))
-        if found is None:
-            found = self._rest(tokens, sequences, share, microbatches)
-        rest, layers, logits = found
+        one, ranks = self.priced, self.ranks
         multiplied = (
             pairs * one.pair_full
             + window_pairs * one.pair_window
@@ -82,57 +79,75 @@ class Priced:
             + expanded * one.expansion
         )
         read = cached * one.cache_full + window_cached * one.cache_window
-        written = tokens * (one.cache_full + one.cache_window)
-        attention: float = share * max(multiplied, read + written)
-        latency = rest + attention
-        if stages == 1:
-            return latency
-        layer = (layers + attention) / one.architecture.n_layers
-        fewest, more = divmod(one.architecture.n_layers, stages)
-        slowest = max((fewest + (more > 0)) * layer, fewest * layer + logits)
-        return max(latency, microbatches * slowest)
+        if self.stages == ranks == 1:
+            return self._microbatch(tokens, tokens, sequences, multiplied, read)[0]
+        batch = (sequences - prompts) / self.verified
+        microbatches = min(self.stages, max(1.0, (batch + prompts) / ranks))
+        whole = decoding = tokens, sequences, multiplied, read
+        if prompts:
+            decoding = self._decoding(batch, cached - expanded, window_cached, absorbed, expanded)
+        plain = self._divided(decoding, batch, microbatches)
+        latency, slowest = self._microbatch(*plain)
+        if not prompts:
+            return max(latency, microbatches * slowest)
+        holding = min(max(prompts / ranks, 1.0), microbatches)
+        reading = self._divided(map(sub, whole, decoding), prompts, holding)
+        latency, fuller = self._microbatch(*map(add, plain, reading))
+        return max(latency, holding * fuller + (microbatches - holding) * slowest)
 
-    def _mixed(self, whole: Pass, prompts: float) -> float:
-        """A pass in which prompts are read. Only the first of them can have tokens in its cache."""
-        batch, verified, window = (whole.sequences - prompts) / self.verified, self.verified, self.window
+    def _decoding(
+        self, batch: float, cached: float, window_cached: float, absorbed: float, expanded: float
+    ) -> Counts:
+        """Of a pass in which prompts are read, what is decoded.
+
+        Only the first of its prompts can have tokens in its cache.
+        """
+        one, verified, window = self.priced, self.verified, self.window
         near = near_pairs = 0.0
         if window is not None:
-            near = whole.window_cached - min(whole.expanded, window - 1)
+            near = window_cached - min(expanded, window - 1)
             # Exact for contexts beyond the window and for those within it, and without drafts.
             near_pairs = min(
                 verified * near + batch * verified * (verified + 1) / 2, batch * verified * window
             )
-        decoding = Pass(
-            batch * verified,
-            batch * verified,
-            whole.cached - whole.expanded,
-            whole.absorbed,
-            near,
-            near_pairs,
-            whole.absorbed,
-        )
-        read = whole + decoding.times(-1)
-        times = mixed_times(
-            self.priced,
-            decoding.spread(batch, self.ranks),
-            read.spread(prompts, self.ranks),
-            prompts / self.ranks,
-            min(self.stages, max(1.0, (batch + prompts) / self.ranks)),
-        )
-        return float(times.period)
+        multiplied = absorbed * (one.pair_full + one.pair_absorbed) + near_pairs * one.pair_window
+        read = cached * one.cache_full + near * one.cache_window
+        return batch * verified, batch * verified, multiplied, read
 
-    def _rest(
-        self, tokens: float, sequences: float, share: float, microbatches: float
-    ) -> tuple[float, float, float]:
-        """Seconds of a microbatch but for attention: of everything, of the layers, of the logits."""
-        one, many = self.priced, tokens * share
-        logits = float(max(sequences * share * one.logits_token, one.logits_read))
-        part = Pass(many, sequences * share, 0, 0, padding=many - tokens / microbatches)
-        rest = float(one.of(part)) - many * (one.cache_full + one.cache_window)
-        between = one.links.seconds(many, min) - one.links.inside(many, min)
+    def _divided(self, counts: Iterable[float], requests: float, parts: float) -> Microbatch:
+        """Of counts that so many requests have, one of m parts on the busiest rank (`Pass.spread`)."""
+        tokens, sequences, multiplied, read = counts
+        share = max(1.0, self.ranks / max(1.0, requests)) / parts
+        return tokens * share, tokens / parts, sequences * share, multiplied * share, read * share
+
+    def _microbatch(
+        self, tokens: float, routed: float, sequences: float, multiplied: float, read: float
+    ) -> tuple[float, float]:
+        """Seconds of one in all stages and in the slowest, as `Pricer.of` and `Pricer.slowest_stage`.
+
+        `multiplied`, `read`: seconds of its attention, if either alone bounds it, but for what it writes.
+        """
+        one = self.priced
+        found = self.rests.get((tokens, routed))
+        rest, handing = self._rest(tokens, routed) if found is None else found
+        logits = max(sequences * one.logits_token, one.logits_read)
+        overhead = sequences * one.overhead_sequence + (tokens > sequences) * one.overhead_prompts
+        written = tokens * (one.cache_full + one.cache_window)
+        latency: float = rest + max(multiplied, read + written) + overhead + logits
+        if self.stages == 1:
+            return latency, latency
+        layer = (latency - handing - logits) / self.layers
+        return latency, max(self.most * layer, self.fewest * layer + logits)
+
+    def _rest(self, tokens: float, routed: float) -> tuple[float, float]:
+        """Seconds of a microbatch but for attention, logits and sequences; of them of hand-overs."""
+        one = self.priced
         if len(self.rests) >= REMEMBERED:
             self.rests.clear()
-        found = self.rests[tokens, sequences] = (rest, float(rest - between - logits), logits)
+        nothing = one.logits_read + one.overhead_prompts + tokens * (one.cache_full + one.cache_window)
+        whole = one.of(Pass(tokens, 0, 0, 0, padding=tokens - routed))
+        fixed, slope = one.links.handovers
+        found = self.rests[tokens, routed] = (float(whole - nothing), float(fixed + tokens * slope))
         return found
 
 

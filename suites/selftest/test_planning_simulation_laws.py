@@ -277,22 +277,25 @@ def lines_run(work: Callable[[], Record]) -> tuple[Record, int]:
 
 
 @pytest.mark.parametrize(
-    ("name", "slots", "load_", "drafts"),
+    ("name", "layout", "slots", "load_", "drafts"),
     [
-        ("mixtral-8x7b", 256, {"rate": 60}, {}),
-        ("mixtral-8x7b", 256, {"concurrency": 256}, {}),
-        ("mixtral-8x7b", 512, {"concurrency": 512}, {}),
-        ("gpt-oss-120b", 256, {"concurrency": 256}, {}),
-        ("deepseek-v3", 256, {"rate": 20}, {"draft_length": 3, "acceptance": 0.7}),
+        ("mixtral-8x7b", {}, 256, {"rate": 60}, {}),
+        ("mixtral-8x7b", {}, 256, {"concurrency": 256}, {}),
+        ("mixtral-8x7b", {}, 512, {"concurrency": 512}, {}),
+        ("mixtral-8x7b", {"pipeline_parallel": 2, "data_parallel": 2}, 256, {"concurrency": 256}, {}),
+        ("gpt-oss-120b", {}, 256, {"concurrency": 256}, {}),
+        ("deepseek-v3", {}, 256, {"rate": 20}, {"draft_length": 3, "acceptance": 0.7}),
     ],
 )
-def test_iterations_are_cheap(name: str, slots: int, load_: dict[str, Any], drafts: dict[str, Any]) -> None:
+def test_iterations_are_cheap(
+    name: str, layout: dict[str, int], slots: int, load_: dict[str, Any], drafts: dict[str, Any]
+) -> None:
     """However many slots hold requests of any length, an iteration runs fewer than 150 lines of Python.
 
     With them come those of the requests that begin and end in it, and its prices. A line takes some 60 ns, so
     that 150 of them make 1e5 iterations a second; what they are in fact the command prints.
     """
-    deployment, policy = deployed(name, 16), Policy(slots, chunk=2048, **drafts)
+    deployment, policy = deployed(name, 16, **layout), Policy(slots, chunk=2048, **drafts)
     sent = workload(2_000, "lognormal:1000:1", "lognormal:256:1", **load_)
     steps, cache = deployment.steps(policy), deployment.cache(sent, policy)
     found, lines = lines_run(lambda: simulate(sent, steps, policy, cache))

@@ -116,10 +116,13 @@ def test_every_worked_figure_has_a_verdict_and_a_derivation() -> None:
 
 
 def test_what_theory_refutes_of_the_leak_worked() -> None:
-    """Four figures: one printed too finely, one model with too few experts, one rounding, one latency."""
+    """Figures printed too finely, a model with too few experts, roundings, a latency, a range too narrow."""
     refuted = {one.statement: one for one in leak_table.worked() if one.verdict == "refuted"}
     assert set(refuted) == {
         "the same, printed to three digits",
+        "multi-query attention with queries twice as wide",
+        "63e6 USD is off by, at most",
+        "training FLOPs over the leak's",
         "activations, selective recomputation, first stage",
         "bubble x failures x kernels at 58 %",
         "tensor parallelism in a step",
