@@ -228,8 +228,11 @@ def test_no_first_token_comes_before_its_prompt_can_be_read(
         assert one["ttft"] >= flop / (ranks * 989.4e12)
 
 
-def test_limits_name_the_unit_of_what_they_gain(capsys: pytest.CaptureFixture[str]) -> None:
+def test_limits_name_the_unit_of_what_they_gain(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The table of limits gives a TPOT in seconds under a header that says so; the others are in ms."""
+    monkeypatch.delenv("COLUMNS", raising=False)  # which would wrap the headers
     assert command(*SERVE) == 0
     shown = capsys.readouterr().out
     assert "the best of those: TPOT, s" in shown
