@@ -30,24 +30,26 @@ def test_a_program_that_is_not_installed_is_named_and_not_counted(no_peers):
     assert "not installed: llm-flops, llm-analysis" in table.title
 
 
-def test_ratios_are_of_times_of_one_run(monkeypatch):
-    """A program that answers twice has about the time of two: its ratio to one answer is above 1."""
-    ours = estimators.PROGRAMS[estimators.OURS]()
+def test_ratios_are_of_medians_of_one_run(monkeypatch):
+    """By a clock that estimates move themselves, one that takes 1 against 2.5 has a ratio of 2.5."""
+    clock = [0.0]
 
-    def twice():
-        ours[estimators.STEP]()
-        return ours[estimators.STEP]()
+    def taking(seconds):
+        def estimate():
+            clock[0] += seconds
+            return 1.0
 
-    monkeypatch.setattr(
-        estimators,
-        "PROGRAMS",
-        {estimators.OURS: lambda: ours, "twice": lambda: {estimators.STEP: twice}},
-    )
-    table, _ = estimators.run(rounds=5, step=lambda _: None)
-    (row,) = [row for row in table.rows if row[1] == "twice"]
-    # 1.2: half of what doing everything twice must cost, on CPU time's median over rounds
-    assert float(row[4]) > 1.2
-    assert row[2] == next(one[2] for one in table.rows if one[0] == estimators.STEP)
+        return dict.fromkeys(estimators.UNITS, estimate)
+
+    monkeypatch.setattr(estimators.time, "process_time", lambda: clock[0])
+    programs = {estimators.OURS: lambda: taking(1.0), "slow": lambda: taking(2.5)}
+    monkeypatch.setattr(estimators, "PROGRAMS", programs)
+    monkeypatch.setattr(estimators, "_many", lambda rounds: None)  # moves no such clock
+    table, _ = estimators.run(rounds=3, step=lambda _: None)
+    assert {(row[1], row[3], row[4]) for row in table.rows} == {
+        (estimators.OURS, "1000000.0", "1.00"),
+        ("slow", "2500000.0", "2.50"),
+    }
 
 
 def test_one_estimate_of_many_agrees_with_one(no_peers):
