@@ -238,8 +238,8 @@ def test_arrays_of_batches_too_small_take_for_ever(h100: Hardware, mixtral: Arch
     assert found.tokens_per_second[1] == found.mfu[1] == 0
 
 
-def test_a_search_gets_its_layouts_fast(h100: Hardware) -> None:
-    """At least 2e5 layouts a second on one core, best of three."""
+def test_a_search_gets_its_layouts_at_once(h100: Hardware) -> None:
+    """1e5 layouts in one call take no time like that of a loop over them."""
     architecture, rng, n = load("deepseek-v3").architecture, np.random.default_rng(0), 100_000
     layout = Layout(
         tensor_parallel=2 ** rng.integers(0, 4, n),
@@ -258,7 +258,8 @@ def test_a_search_gets_its_layouts_fast(h100: Hardware) -> None:
         start = time.process_time()
         assert np.isfinite(step(architecture, h100, layout, batch_tokens=1 << 26).seconds).any()
         taken.append(time.process_time() - start)
-    assert n / min(taken) > 2e5
+    # 4e5 a second here; 1.5e3 one by one: between them whatever the machine
+    assert n / min(taken) > 2e4
 
 
 @pytest.mark.parametrize(
