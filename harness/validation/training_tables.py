@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from harness.spec import load
+from harness.spec import Architecture, load
 from harness.spec.hardware import load_hardware
 from harness.theory import training
 from harness.theory.efficiency import Efficiency
@@ -42,6 +42,19 @@ def chunks(layers: int, stages: int) -> int:
     return next((n for n in range(2, each + 1) if each % n == 0), 1) if stages > 1 else 1
 
 
+def _on_a100(model: Architecture, layout: Layout, batch: int, compute: float) -> TrainingStep:
+    """A step of `batch` sequences, attention counted over the full square as both papers count it."""
+    return training_step(
+        model,
+        load_hardware("a100-80gb"),
+        layout,
+        batch_tokens=batch * CONTEXT,
+        context=CONTEXT,
+        attention="full",
+        efficiency=Efficiency(compute=compute),
+    )
+
+
 @cache
 def megatron_step(row: int, compute: float) -> TrainingStep:
     """A row of `published.MEGATRON` as one step: microbatches of one sequence, everything recomputed."""
@@ -57,15 +70,7 @@ def megatron_step(row: int, compute: float) -> TrainingStep:
         flash=False,
         sequence_parallel=False,
     )
-    return training_step(
-        gpt(one.hidden, one.layers, one.heads),
-        load_hardware("a100-80gb"),
-        layout,
-        batch_tokens=one.batch * CONTEXT,
-        context=CONTEXT,
-        attention="full",
-        efficiency=Efficiency(compute=compute),
-    )
+    return _on_a100(gpt(one.hidden, one.layers, one.heads), layout, one.batch, compute)
 
 
 def hardware_teraflops(row: int, seconds: float) -> float:
@@ -165,15 +170,7 @@ def korthikanti_step(row: int, recompute: Recompute, compute: float) -> Training
         flash=False,
         sequence_parallel=recompute == "selective",
     )
-    return training_step(
-        gpt(one.hidden, one.layers, one.heads),
-        load_hardware("a100-80gb"),
-        layout,
-        batch_tokens=one.batch * CONTEXT,
-        context=CONTEXT,
-        attention="full",
-        efficiency=Efficiency(compute=compute),
-    )
+    return _on_a100(gpt(one.hidden, one.layers, one.heads), layout, one.batch, compute)
 
 
 PAIRS: tuple[Pairs, Pairs] = ("causal", "full")
