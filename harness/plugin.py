@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ import pytest
 
 from harness._resources import suites_dir
 from harness.results.controller import OVERHEAD, PLAN, Controller, asked_for
+from harness.results.failures import SHRINK_S, Reporter
 
 if TYPE_CHECKING:
     from harness.conformance.case import Case
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 DEFAULT_SEED = 1
 DEFAULT_TIMEOUT_S = 120.0
+NULL_TIMEOUT_S = 60.0
+"""Of all properties together on the null implementation, of which none should wait for anything."""
 CONTROLLER = "moe-harness-controller"
 
 
@@ -45,6 +48,7 @@ class State:
     baseline: Baseline = field(default_factory=dict)
     plan: dict[str, str] = field(default_factory=dict)
     """By test id, the record of a property that has not run, as JSON text."""
+    reporter: Reporter = field(default_factory=Reporter)
     sampler: Sampler | None = None
     resources: ExitStack = field(default_factory=ExitStack)
 
@@ -77,7 +81,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--run-file", type=Path, metavar="PATH", help="write the run there, JSON Lines")
     add("--baseline", type=Path, metavar="PATH", help="known failures; new and stale ones fail the run")
     add("--write-baseline", type=Path, metavar="PATH", help="bring this baseline up to date with the run")
+    add(
+        "--profile",
+        choices=("full", "fast"),
+        default="full",
+        help="fast: without the properties that take long (default: %(default)s)",
+    )
+    add("--no-null", action="store_true", help="do not run the properties on the null implementation too")
     add("--telemetry", action="store_true", help="sample power, clocks, memory and host time per property")
+    add(
+        "--shrink-seconds",
+        type=_seconds_or_none,
+        default=SHRINK_S,
+        metavar="SECONDS",
+        help="for a smaller counterexample of a failure, five times as many in all; 0: none is sought "
+        "(default: %(default)s)",
+    )
+    add("--reproduce", type=Path, metavar="DIR", help="write a script there for each failure, and an index")
     add(
         "--timeout-property",
         type=_seconds,
@@ -97,10 +117,15 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _seconds_or_none(text: str) -> float:
+    return 0.0 if text == "0" else _seconds(text)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Register the mark, which an installed wheel has no configuration file for."""
     config.addinivalue_line("markers", "conformance(property): a property of the implementation under test.")
-    config.stash[STATE] = State()
+    option = config.getoption
+    config.stash[STATE] = State(reporter=Reporter(option("shrink_seconds"), option("reproduce")))
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Controller(config), CONTROLLER)
 
@@ -139,14 +164,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     state = metafunc.config.stash[STATE]
     _prepare(metafunc.config, state)
-    subjects = [s for s in state.subjects or () if prop.applies(s.architecture)]
+    wanted = metafunc.config.getoption("profile") == "full" or not prop.costly
+    subjects = [s for s in state.subjects or () if wanted and prop.applies(s.architecture)]
     # pytest makes a skipped test of an empty set; None is dropped in pytest_collection_modifyitems
     metafunc.parametrize("case", subjects or [None], ids=[s.id for s in subjects] or ["-"], indirect=True)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.Item]) -> None:
-    """Drop what does not apply, give each property its time limit, and put the canary first."""
+    """Drop what does not apply, give each property its time limit, put the canary first and null last."""
     items[:] = [item for item in items if _property(item) is None or _subject(item) is not None]
     properties = [item for item in items if _property(item) is not None]
     if properties:
@@ -155,6 +181,8 @@ def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.It
         limit = session.config.getoption("timeout_property")
         for item in (canary, *properties):
             item.add_marker(pytest.mark.timeout(limit, method="signal"))
+        if not session.config.getoption("no_null"):
+            items.append(NullItem.over(session, properties))
         session.config.stash[STATE].plan = {item.nodeid: _planned(item) for item in properties}
 
 
@@ -167,6 +195,7 @@ def case(request: pytest.FixtureRequest) -> Case:
     if prop is None or subject is None:
         pytest.fail("the fixture `case` is for functions marked by harness.conformance.conformance")
     made = subjects.case(subject, prop, request.config.getoption("seed"))
+    made.fast = request.config.getoption("profile") == "fast"
     request.node.stash[CASE] = made
     subjects.need(subject, prop, made.seed, request.config.stash[STATE].declared)
     return made
@@ -187,6 +216,32 @@ class CanaryItem(pytest.Item):
     def reportinfo(self) -> tuple[Path, int | None, str]:
         """Where pytest says that the test is."""
         return Path(__file__), None, "canary"
+
+
+class NullItem(pytest.Item):
+    """The properties of this run on the null implementation, as one test of it."""
+
+    properties: Sequence[pytest.Item] = ()
+    measured: tuple[list[Any], list[str]] = ([], [])
+
+    @classmethod
+    def over(cls, session: pytest.Session, properties: Sequence[pytest.Item]) -> NullItem:
+        """The test that runs each of `properties` once, and has a time limit of its own."""
+        item: NullItem = cls.from_parent(session, name="null", nodeid="null")
+        item.properties = properties
+        item.add_marker(pytest.mark.timeout(NULL_TIMEOUT_S, method="signal"))
+        return item
+
+    def runtest(self) -> None:
+        """Run them; how it did is told by the report."""
+        from harness.conformance import overhead
+
+        wanted = [(_property(item), getattr(item, "obj", None), _subject(item)) for item in self.properties]
+        self.measured = overhead.measure(wanted, self.config.getoption("seed"))  # type: ignore[arg-type]
+
+    def reportinfo(self) -> tuple[Path, int | None, str]:
+        """Where pytest says that the test is."""
+        return Path(__file__), None, "null"
 
 
 @pytest.hookimpl(wrapper=True)
@@ -214,6 +269,10 @@ def pytest_runtest_makereport(
     if isinstance(item, CanaryItem):
         reports.attach_canary(report, caught=item.caught, reason=item.reason)
         return report
+    if isinstance(item, NullItem):
+        if call.excinfo is None:
+            reports.attach_null(report, *item.measured)
+        return report
     prop, subject = _property(item), _subject(item)
     if prop is not None and subject is not None:
         state, span = item.config.stash[STATE], item.stash.get(SPAN, None)
@@ -225,6 +284,14 @@ def pytest_runtest_makereport(
             duration_s=call.duration,
             telemetry=span.summary if span else {},
         )
+        record = state.reporter.explained(
+            record,
+            call.excinfo.value if call.excinfo else None,
+            prop=prop,
+            subject=subject,
+            case=item.stash.get(CASE, None),
+            function=item.obj,  # type: ignore[attr-defined]
+        )
         short = item.config.getoption("tbstyle") == "auto"
         reports.attach(report, record, state.baseline, short=short)
         item.user_properties += reports.properties(record)  # a JUnit file takes them from the test
@@ -233,7 +300,7 @@ def pytest_runtest_makereport(
 
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
     """Call each outcome by its own name: only what passed is counted as passed."""
-    if not hasattr(report, "harness_record") and not hasattr(report, "harness_canary"):
+    if not any(hasattr(report, f"harness_{carried}") for carried in ("record", "canary", "null")):
         return None
     from harness.results import reports
 
@@ -260,7 +327,7 @@ def _prepare(config: pytest.Config, state: State) -> None:
         return
     from harness.conformance import subjects
     from harness.implementations.registry import AdapterError
-    from harness.results import baseline
+    from harness.results import baseline, reproduce
     from harness.results.gate import CONFIG
     from harness.results.runfile import RunFileError
     from harness.spec import SpecError
@@ -272,10 +339,18 @@ def _prepare(config: pytest.Config, state: State) -> None:
             state.baseline = baseline.load(option("baseline"))
         if option("write_baseline") is not None:
             baseline.ensure_writable(option("write_baseline"))
+        if option("reproduce") is not None:
+            reproduce.ensure_writable(option("reproduce"))
         controller = config.pluginmanager.get_plugin(CONTROLLER)
         if isinstance(controller, Controller):
             controller.begin(state.subjects)
-    except (SpecError, AdapterError, baseline.BaselineError, RunFileError) as error:
+    except (
+        SpecError,
+        AdapterError,
+        baseline.BaselineError,
+        RunFileError,
+        reproduce.FolderError,
+    ) as error:
         pytest.exit(str(error), returncode=CONFIG)
 
 

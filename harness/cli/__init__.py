@@ -12,7 +12,20 @@ from pathlib import Path
 
 import typer
 
-from harness.cli import listing, measuring, plan, planning, running, specs, theory, tiny, validation
+from harness.cli import (
+    alarms,
+    listing,
+    measuring,
+    mutants,
+    plan,
+    planning,
+    running,
+    specs,
+    survey,
+    theory,
+    tiny,
+    validation,
+)
 
 DEBUG = "--debug"
 USAGE, SOFTWARE, CONFIG, INTERRUPTED, PIPE = 4, 70, 78, 130, 141
@@ -27,7 +40,20 @@ app = typer.Typer(
     help="Conformance and benchmarks for mixture-of-experts language models. "
     f"Any command takes {DEBUG}: a traceback in the place of a sentence.",
 )
-for part in (theory, planning, specs, running, listing, measuring, tiny, plan, validation):
+for part in (
+    theory,
+    planning,
+    specs,
+    running,
+    mutants,
+    alarms,
+    survey,
+    listing,
+    measuring,
+    tiny,
+    plan,
+    validation,
+):
     part.add_to(app)
 
 

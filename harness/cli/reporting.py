@@ -27,7 +27,6 @@ SUBJECTS = (
 """The reference on each spec beside an implementation of the same spec by others."""
 ENGINES = ("reference@mixtral-8x7b", "transformers:mixtral@mixtral-8x7b")
 RUN_FILE = Path(".runs") / "report.jsonl"
-KILLS_FILE = Path(".runs") / "kills.jsonl"
 BASELINE = "baseline.toml"
 
 
@@ -67,27 +66,6 @@ def _conformance(
         return code or SOFTWARE
     publish(folder, make(read(RUN_FILE)))
     return code
-
-
-def kill(folder: Path, more: Sequence[str]) -> int:
-    """Write and print the kill matrix; 1 if a mutant survives. `more` are arguments of pytest.
-
-    Raises RunFileError if the run was cut off.
-    """
-    from harness.mutants import CATALOGUE
-    from harness.results import kills, suites
-    from harness.results.gate import FAILED
-    from harness.results.runfile import read
-
-    KILLS_FILE.unlink(missing_ok=True)
-    addresses = [f"mutant:{name}@{mutant.spec}" for name, mutant in CATALOGUE.items()]
-    arguments = [word for address in addresses for word in ("--impl", address)]
-    # A table of a hundred columns, and a hundred counterexamples, would tell nobody anything.
-    suites.run([*arguments, "--run-file", str(KILLS_FILE), "--tb=no", "--no-summary", "-q", *more])
-    described = {name: (m.stage, m.defect, m.origin) for name, m in CATALOGUE.items()}
-    run = read(KILLS_FILE)
-    publish(folder, kills.page(run, described))
-    return FAILED if kills.survivors(run) else 0
 
 
 def publish(folder: Path, page: Page) -> None:

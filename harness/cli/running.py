@@ -1,4 +1,4 @@
-"""check, compare, summary, gate, kills, servers, report: runs, and what is made of them."""
+"""check, compare, summary, gate, servers, report: runs, and what is made of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ def add_to(app: typer.Typer) -> None:
     """Register the commands."""
     to_pytest = {"allow_extra_args": True, "ignore_unknown_options": True}
     app.command(context_settings=to_pytest)(check)
-    app.command(context_settings=to_pytest)(kills)
     for command in (compare, summary, gate, servers, report):
         app.command()(command)
 
@@ -25,7 +24,8 @@ def check(context: typer.Context) -> None:
     """Put implementations under the suites: `pytest` on them, with its arguments.
 
     --impl ADDRESS, --spec SPEC (both repeatable), --seed N, --run-file PATH, --baseline PATH,
-    --write-baseline PATH, --telemetry, --timeout-property SECONDS; and pytest's own, such as -n 2, -k NAME.
+    --write-baseline PATH, --profile fast, --no-null, --reproduce DIR, --shrink-seconds SECONDS, --telemetry,
+    --timeout-property SECONDS; and pytest's own, such as -n 2, -k NAME.
     """
     from harness.results.suites import run
 
@@ -72,19 +72,6 @@ def gate(
     else:
         show([tables.judged(verdict)], form)
     raise typer.Exit(verdict.code)
-
-
-def kills(
-    context: typer.Context,
-    output: Annotated[Path, typer.Option(help="Folder for the table.")] = Path("results"),
-) -> None:
-    """Run every property on every mutant, and write the kill matrix (20 minutes with -n 2).
-
-    Takes pytest's arguments, such as -n 2, -k NAME.
-    """
-    from harness.cli.reporting import kill
-
-    raise typer.Exit(kill(output, context.args))
 
 
 def servers(

@@ -31,6 +31,7 @@ def balance_loss(
                     [
                         _sequence(s.view(*real.shape, -1)[b][real[b]], i.view(*real.shape, -1)[b][real[b]])
                         for b in range(len(real))
+                        if real[b].any()
                     ]
                 ).mean()
                 for s, i in zip(scores, indices, strict=True)

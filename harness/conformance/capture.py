@@ -5,7 +5,7 @@ Letters: T = B * S tokens, D d_model, E experts, K top-k.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from harness.conformance import stages
-from harness.conformance.case import Case, replaced
+from harness.conformance.case import Case, replaced, seeded
 from harness.conformance.comparison import Ragged, ragged
 from harness.conformance.property import Violation, Void, require
 from harness.implementations.protocols import Routing, Unsupported
 from harness.spec.architecture import Architecture, Moe
 
 FLOAT32 = torch.float32
+GATED = "gated shared expert"
+Weights = Mapping[str, Tensor]
 
 
 def has_experts(architecture: Architecture | None) -> bool:
@@ -51,32 +53,56 @@ def variants(case: Case) -> Iterator[Variant]:
     """The twin; then what a defect could be hiding behind.
 
     The first is always there. A property passes over the others where the implementation cannot express them
-    (`capture` does).
+    (`capture` does). Of a case that is shrunk to one variant, only that one is made; in the fast profile two
+    are, the twin and one that the seed decides.
     """
+    makers = dict(_variants(case))
+    labels = list(makers)
+    if case.shrink.variant:
+        labels = [label for label in labels if label == case.shrink.variant]
+    elif case.fast:
+        other = torch.randint(1, len(labels), (), generator=seeded(case.seed, "variant"))
+        labels = [labels[0], labels[int(other)]]
+    for label in labels:
+        architecture, weights = makers[label]()
+        yield Variant(label, architecture, weights)
+
+
+Maker = Callable[[], tuple[Architecture, Mapping[str, Tensor]]]
+
+
+def _variants(case: Case) -> Iterator[tuple[str, Maker]]:
+    """What makes each, by label: only what is looked at is drawn."""
     twin = case.shape
     moe = moe_of(twin)
-    plain = case.weights()
-    yield Variant("twin", twin, plain)
+
+    def drawn(architecture: Architecture) -> Maker:
+        return lambda: (architecture, case.weights(architecture))
+
+    def changed(change: Callable[[Weights], Weights]) -> Maker:
+        return lambda: (twin, change(case.weights(twin)))
+
+    yield "twin", drawn(twin)
     # Nearly equal scores: the sum of the selected ones is far from 1, and every expert is selected.
-    yield Variant("quiet router", twin, scaled(plain, "router.weight", 0.1))
+    yield "quiet router", changed(lambda plain: scaled(plain, "router.weight", 0.1))
     if moe.router.correction_bias:
         # All biased scores negative: an excluded expert at 0 would win.
-        yield Variant("negative correction bias", twin, shifted(plain, "correction_bias", -2.0))
+        yield "negative correction bias", changed(lambda plain: shifted(plain, "correction_bias", -2.0))
     for top_k in {1, 3} - {moe.top_k}:
         made = case.twin(top_k=top_k)
-        yield Variant(f"top {top_k}", made, case.weights(made))
-    if not moe.router.normalise and moe.router.order == "before_topk":
-        made = replaced(twin, {"moe__router__scaling_factor": 1.7})
-    elif moe.router.order == "before_topk":
-        made = replaced(twin, {"moe__router__scaling_factor": 1.7, "moe__router__normalise": False})
-    else:
-        made = replaced(twin, {"moe__router__scaling_factor": 1.7})
-    yield Variant("scaled weights", made, case.weights(made))
+        yield f"top {top_k}", drawn(made)
+    # Of weights that are normalised and of weights that are not, each in a spec of either kind.
+    both = (False, True) if moe.router.order == "before_topk" else (moe.router.normalise,)
+    for normalise in both:
+        fields = {"moe__router__scaling_factor": 1.7, "moe__router__normalise": normalise}
+        made = replaced(twin, fields)
+        label = "scaled sums" if normalise and len(both) > 1 else "scaled weights"
+        yield label, drawn(made)
     if not moe.shared_gate:
-        yield gated_shared(case)
+        yield GATED, drawn(gated(case))
     for label, d_ff in (("square experts", twin.d_model), ("half-square experts", twin.d_model // 2)):
         made = replaced(twin, {"moe__expert__d_ff": d_ff})
-        yield Variant(label, made, case.weights(made))
+        yield label, drawn(made)
     # More experts than a byte can number, more of them than the twin's K, and a router that is square.
     many: tuple[tuple[str, int | None, int], ...] = (
         ("top 8 of 260", 8, 260),
@@ -85,23 +111,30 @@ def variants(case: Case) -> Iterator[Variant]:
     for label, k, n_experts in many:
         layers = moe.first_dense + 1
         made = case.twin(top_k=k, n_experts=n_experts, n_layers=layers, moe__expert__d_ff=8)
-        yield Variant(label, made, case.weights(made))
+        yield label, drawn(made)
     # Each token's logits are all high or all low: sigmoid scores of 1e-4 and less have a sum that counts.
-    yield Variant("leaning router", twin, leaning(plain))
+    yield "leaning router", changed(leaning)
     if moe.expert.clamp is not None:
         made = replaced(twin, {"moe__expert__clamp": 5.0})
-        yield Variant("another clamp", made, case.weights(made))
+        yield "another clamp", drawn(made)
         # The gate is cut off above and not below: visible only where nothing larger is added.
-        low = shifted(scaled(plain, "experts.gate", 0.1), "experts.gate_bias", -9.0)
-        yield Variant("low gates", twin, low)
+        yield (
+            "low gates",
+            changed(lambda plain: shifted(scaled(plain, "experts.gate", 0.1), "experts.gate_bias", -9.0)),
+        )
 
 
 def gated_shared(case: Case) -> Variant:
     """The twin with a shared expert behind a gate."""
+    made = gated(case)
+    return Variant(GATED, made, case.weights(made))
+
+
+def gated(case: Case) -> Architecture:
+    """Its architecture."""
     moe = moe_of(case.shape)
     shared = moe.shared or moe.expert.model_copy(update={"d_ff": 44})
-    made = replaced(case.shape, {"moe__shared": shared.model_dump(), "moe__shared_gate": True})
-    return Variant("gated shared expert", made, case.weights(made))
+    return replaced(case.shape, {"moe__shared": shared.model_dump(), "moe__shared_gate": True})
 
 
 def scaled(weights: Mapping[str, Tensor], ending: str, factor: float) -> dict[str, Tensor]:
@@ -191,6 +224,7 @@ def capture(case: Case, *, length: int = 13) -> Iterator[Captured]:
             # What is not finite went wrong before this layer.
             if layer.real.any():
                 seen += 1
+                case.looked_at[variant.label] = case.shapes()
                 yield layer
     if passed_over:
         case.note("not_expressible", passed_over)

@@ -17,12 +17,33 @@ import torch
 from torch import Tensor
 
 from harness.conformance.checked import Checked
+from harness.conformance.clock import Clock
 from harness.implementations.protocols import Capability, Implementation, Model, Unsupported
 from harness.reference import ReferenceModel
 from harness.reference import build as build_reference
 from harness.reference import weights as reference_weights
 from harness.spec import twin
 from harness.spec.architecture import Architecture
+
+TWIN_FIELDS = {"n_experts": "moe__n_experts", "top_k": "moe__top_k"}
+"""Arguments of harness.spec.twin that are fields of an architecture under another path."""
+
+
+@dataclass(frozen=True)
+class Shrink:
+    """How much smaller a case is, so that a counterexample can be read; by default not at all.
+
+    What a property asks for by itself, such as a number of experts, stays as it asks.
+    """
+
+    batch: int | None = None
+    """Sequences at most."""
+    length: int | None = None
+    """Tokens of a sequence at most."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the twin, by path with "__" between the parts."""
+    variant: str = ""
+    """The one variant of the twin to look at, by its label; empty: all."""
 
 
 @dataclass
@@ -37,7 +58,17 @@ class Case:
     """The architecture at full size; None for an implementation's own shape."""
     architecture: Architecture | None
     """Its shrunken twin; None for an implementation's own shape."""
+    shrink: Shrink = field(default_factory=Shrink)
+    fast: bool = False
+    """Whether of the variants of the twin only two are looked at: itself, and one that the seed decides."""
+    looked_at: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Shapes by the label of each variant of the twin that was looked at, if a property looks at some."""
     facts: dict[str, Any] = field(default_factory=dict)
+    clock: Clock = field(default_factory=Clock)
+    """How much of the property's time the implementation takes."""
+    drawn_tokens: Tensor | None = None
+    """[B, S]: the token ids that were drawn last."""
+    _built: tuple[Architecture | None, torch.dtype] | None = None
     _digest: Any = field(default_factory=hashlib.sha256)
     _draws: int = 0
     _vocab_size: int = 0
@@ -54,8 +85,10 @@ class Case:
         return value
 
     def tokens(self, batch: int, length: int) -> Tensor:
-        """Token ids [B, S] int64, uniform over the vocabulary."""
-        return self.drawn(torch.randint(self.vocab_size, (batch, length), generator=self.generator()))
+        """Token ids [B, S] int64, uniform over the vocabulary; no more of either than `shrink` says."""
+        drawn = torch.randint(self.vocab_size, (batch, length), generator=self.generator())
+        self.drawn_tokens = self.drawn(drawn[: self.shrink.batch, : self.shrink.length])
+        return self.drawn_tokens
 
     def weights(self, architecture: Architecture | None = None, std: float = 0.5) -> dict[str, Tensor]:
         """Weights by canonical name, float64 tensors that float32 holds exactly.
@@ -84,13 +117,21 @@ class Case:
         declares to need.
         """
         architecture = architecture or self.architecture
-        model = self.implementation.build(architecture, device=device, dtype=dtype, seed=self.seed)
-        self._vocab_size = model.vocab_size
+        model = self.build(architecture, device=device, dtype=dtype)
+        self._vocab_size, self._built = model.vocab_size, (architecture, dtype)
+        checked = Checked(model, self.clock)
         if architecture is not None and "weights" in model.capabilities:
-            model.load_weights(weights if weights is not None else self.weights(architecture))  # type: ignore[attr-defined]
+            checked.load_weights(weights if weights is not None else self.weights(architecture))
         elif weights is not None:
             raise Unsupported('the model declares no capability "weights"')
-        return Checked(model)
+        return checked
+
+    def build(
+        self, architecture: Architecture | None, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Model:
+        """What the implementation builds, as it is: no weights are loaded, and no answer is checked."""
+        with self.clock.running():
+            return self.implementation.build(architecture, device=device, dtype=dtype, seed=self.seed)
 
     def reference(
         self,
@@ -99,9 +140,7 @@ class Case:
         dtype: torch.dtype = torch.float64,
     ) -> ReferenceModel:
         """The reference with `weights`, in `dtype`, in eval mode on the CPU."""
-        model = build_reference(architecture, dtype=dtype)
-        model.load_weights(weights)
-        return model
+        return build_reference(architecture, dtype=dtype, values=weights)
 
     def twin(self, **overrides: Any) -> Architecture:
         """A shrunken twin of the full architecture with fields replaced.
@@ -113,7 +152,9 @@ class Case:
             raise Unsupported("no architecture: the implementation is tested in its own shape")
         nested = {path: value for path, value in overrides.items() if "__" in path}
         made = twin(self.full, **{name: value for name, value in overrides.items() if name not in nested})
-        return replaced(made, nested) if nested else made
+        asked = {TWIN_FIELDS.get(name, name) for name in overrides}
+        fields = {path: value for path, value in self.shrink.fields.items() if path not in asked} | nested
+        return replaced(made, fields) if fields else made
 
     def one_layer(self, kind: Literal["full", "window"] = "full") -> Architecture:
         """A twin of a single layer with this kind of attention, a MoE layer where there are any."""
@@ -141,6 +182,23 @@ class Case:
         if not self._vocab_size:
             self.model()
         return self._vocab_size
+
+    def shapes(self) -> dict[str, Any]:
+        """What was put under test last, by letter: B, S and T = B * S tokens; V, D d_model, E experts and
+        K top-k of the model, its layers and dtype. What there was none of is left out."""
+        found: dict[str, Any] = {}
+        if self.drawn_tokens is not None:
+            batch, length = self.drawn_tokens.shape
+            found |= {"B": batch, "S": length, "T": batch * length}
+        architecture, dtype = self._built or (None, None)
+        if architecture is not None:
+            moe = architecture.moe
+            found |= {"V": architecture.vocab_size, "D": architecture.d_model}
+            found |= {} if moe is None else {"E": moe.n_experts, "K": moe.top_k}
+            found["layers"] = architecture.n_layers
+        elif self._vocab_size:
+            found["V"] = self._vocab_size
+        return found if dtype is None else found | {"dtype": str(dtype).removeprefix("torch.")}
 
     def note(self, key: str, value: Any) -> None:
         """Put a measured fact beside the outcome in the run file."""

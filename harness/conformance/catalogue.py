@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from harness._resources import in_wheel, suites_dir
@@ -25,7 +28,22 @@ def properties(part: str = "") -> Iterator[tuple[Property, Callable[..., Any]]]:
         if inside[0] == OF_THE_HARNESS:
             continue
         module = importlib.import_module(".".join((package, *inside)))
-        for value in vars(module).values():
-            for mark in getattr(value, "pytestmark", ()):
-                if mark.name == "conformance":
-                    yield mark.args[0], value
+        yield from _marked(module)
+
+
+def of_file(path: Path) -> Iterator[tuple[Property, Callable[..., Any]]]:
+    """Each property of a file that does not ship. Raises OSError where there is none, LookupError where it is
+    no Python file; and whatever the file raises."""
+    made = importlib.util.spec_from_file_location(path.stem, path)
+    if made is None or made.loader is None:
+        raise LookupError(f"{path}: is no Python file")
+    module = importlib.util.module_from_spec(made)
+    made.loader.exec_module(module)
+    yield from _marked(module)
+
+
+def _marked(module: ModuleType) -> Iterator[tuple[Property, Callable[..., Any]]]:
+    for value in vars(module).values():
+        for mark in getattr(value, "pytestmark", ()):
+            if mark.name == "conformance":
+                yield mark.args[0], value

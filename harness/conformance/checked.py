@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from torch import Tensor
 
+from harness.conformance.clock import Clock, Timed
 from harness.conformance.property import Violation
 from harness.implementations.protocols import Routing
 from harness.reference.engine import Completion, Request
@@ -24,14 +25,19 @@ class Malformed(Violation):
 class Checked:
     """A model, with the type and shape of every answer checked. Values are for the properties to judge.
 
-    Every method raises Malformed where the model does not have it, or gives something else.
+    Every method raises Malformed where the model does not have it, or gives something else. The time in its
+    methods, and in those of its sessions, is on `clock`.
     """
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self, model: Any, clock: Clock | None = None) -> None:
+        self._model, self._clock = model, clock or Clock()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+        return self._clock.timed(getattr(self._model, name))
+
+    def start(self, *arguments: Any, **options: Any) -> Any:
+        """A fresh engine, whose methods are on the clock."""
+        return Timed(self._call("start", *arguments, **options), self._clock)
 
     def forward(self, tokens: Tensor, **options: Any) -> Tensor:
         """Logits [B, S, V] of tokens [B, S]."""
@@ -39,10 +45,17 @@ class Checked:
 
     def extend(self, tokens: Tensor, cache: Any | None, **options: Any) -> tuple[Tensor, Any]:
         """Logits [B, S, V] of the next tokens [B, S], and the cache after them."""
-        answer = self._call("extend", tokens, cache, **options)
-        pair = isinstance(answer, tuple) and len(answer) == 2
-        _require(pair, f"extend gave {_shown(answer)}, not a pair of logits and cache")
-        return self._logits("extend", answer[0], tokens), answer[1]
+        return self._extended("extend", tokens, self._call("extend", tokens, cache, **options))
+
+    def see(self, tokens: Tensor, features: Tensor, visible: Tensor, **options: Any) -> Tensor:
+        """Logits [B, S, V] of tokens [B, S] with images."""
+        return self._logits("see", self._call("see", tokens, features, visible, **options), tokens)
+
+    def see_on(
+        self, tokens: Tensor, cache: Any | None, visible: Tensor, **options: Any
+    ) -> tuple[Tensor, Any]:
+        """Logits [B, S, V] of the next tokens [B, S] with images, and the cache after them."""
+        return self._extended("see_on", tokens, self._call("see_on", tokens, cache, visible, **options))
 
     def routing(self, tokens: Tensor, **options: Any) -> Sequence[Routing]:
         """One trace per MoE layer; the shapes of its stages are compared stage by stage."""
@@ -85,7 +98,13 @@ class Checked:
         found = getattr(self._model, method, None)
         _require(callable(found), f"the model declares more than it has: there is no method {method}")
         assert found is not None
-        return found(*arguments, **options)
+        with self._clock.running():
+            return found(*arguments, **options)
+
+    def _extended(self, method: str, tokens: Tensor, answer: Any) -> tuple[Tensor, Any]:
+        pair = isinstance(answer, tuple) and len(answer) == 2
+        _require(pair, f"{method} gave {_shown(answer)}, not a pair of logits and cache")
+        return self._logits(method, answer[0], tokens), answer[1]
 
     def _logits(self, method: str, answer: Any, tokens: Tensor) -> Tensor:
         want = (*tokens.shape, self._model.vocab_size)

@@ -6,15 +6,18 @@ Letters: B sequences, S tokens per sequence, V vocabulary, T = B * S tokens, N M
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.conformance import stages
 from harness.conformance.case import Case
-from harness.conformance.property import Violation, Void, require
+from harness.conformance.property import Violation, Void
 from harness.evidence.margins import Rounding, comparable_tokens, monte_carlo, unit_roundoff
 from harness.reference import ReferenceModel
 from harness.reference.trace import RoutingTrace
@@ -60,18 +63,57 @@ def margin(
             size = model.forward(tokens, mask=mask, positions=positions).double().abs().amax()  # type: ignore[attr-defined]
         radius = torch.full(tokens.shape, math.sqrt(unit_roundoff(dtype)) * float(size), dtype=torch.float64)
         return Margin(radius, torch.ones(tokens.shape, dtype=torch.bool))
-    reference = case.reference(architecture, weights or case.weights(architecture))
-    return _monte_carlo(case, reference, tokens, mask, positions, dtype)
+    weights, generator = weights or case.weights(architecture), case.generator()
+    given = {"tokens": tokens, "mask": mask, "positions": positions} | dict(weights)
+    key = (architecture, dtype, generator.initial_seed(), _digest(given))
+    if key not in _known:
+        reference = case.reference(architecture, weights)
+        _known[key] = monte_carlo_margin(
+            case,
+            reference,
+            lambda at: reference.run(tokens, None, mask, at),
+            tokens,
+            mask=mask,
+            positions=positions,
+            dtype=dtype,
+            generator=generator,
+        )
+        if len(_known) > KEPT:
+            del _known[next(iter(_known))]
+    return _known[key]
 
 
-def _monte_carlo(
+KEPT = 512
+"""Margins of one pass that are remembered: every implementation under test needs the same ones."""
+_known: dict[object, Margin] = {}
+
+
+def _digest(tensors: Mapping[str, Tensor | None]) -> bytes:
+    """Of names and bytes."""
+    found = sha256()
+    for name, value in tensors.items():
+        found.update(name.encode())
+        if value is not None:
+            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.digest()
+
+
+def monte_carlo_margin(
     case: Case,
     reference: ReferenceModel,
+    passed: Callable[[Tensor], tuple[Tensor, object, Sequence[RoutingTrace]]],
     tokens: Tensor,
-    mask: Tensor | None,
-    positions: Tensor | None,
-    dtype: torch.dtype,
+    *,
+    around: nn.Module | None = None,
+    mask: Tensor | None = None,
+    positions: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    generator: torch.Generator | None = None,
 ) -> Margin:
+    """The margin of what `passed` gives of positions [B, S]: logits [B, S, V], anything, and the routing.
+
+    It is a pass of the reference over tokens [B, S], within the module `around` where there is more than it.
+    """
     architecture = reference.architecture
     real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     at = (real.cumsum(1) - 1).clamp(min=0) if positions is None else positions
@@ -80,7 +122,7 @@ def _monte_carlo(
         # Learned positions are a table look-up; rotary ones are angles, computed and so rounded.
         where = at if architecture.positions == "learned" else err(at.double())
         with torch.no_grad():
-            logits, _, traces = reference.run(tokens, None, mask, where)
+            logits, _, traces = passed(where)
         chosen, gaps = (
             zip(*(_selection(reference, trace) for trace in traces), strict=True) if traces else ((), ())
         )
@@ -91,7 +133,7 @@ def _monte_carlo(
             out["gap"] = torch.stack(gaps).view(shape).clamp(max=1e30)
         return out
 
-    spread = monte_carlo(reference, run, dtype=dtype, generator=case.generator())
+    spread = monte_carlo(around or reference, run, dtype=dtype, generator=generator or case.generator())
     inner = longest_product(architecture)
     radius = spread["logits"].radius(inner=inner).amax(-1)
     if "gap" not in spread:
@@ -138,7 +180,8 @@ def agree(
     """
     if actual.shape != expected.shape:
         have, want = tuple(actual.shape), tuple(expected.shape)
-        raise Violation(f"{what} has shape {have} in place of {want}", stage=stage)
+        facts = {"what": what, "observed": have, "expected": want}
+        raise Violation(f"{what} has shape {have} in place of {want}", stage=stage, facts=facts)
     error = (actual.detach().double() - expected.detach().double()).abs()
     allowed = torch.as_tensor(tolerance, dtype=torch.float64)
     while 0 < allowed.dim() < error.dim():
@@ -153,36 +196,79 @@ def agree(
     used = used.where(~error.isnan() | ~compared, math.inf)
     worst = int(used.argmax())
     if not used.flatten()[worst] <= 1:
-        index = torch.unravel_index(torch.tensor(worst), error.shape)
+        index = np.unravel_index(worst, tuple(error.shape))  # torch's own imports sympy, for seconds
         at = tuple(int(i) for i in index)
-        share = float((used > 1).sum() / compared.sum())
+        share, count = float((used > 1).sum() / compared.sum()), int(compared.sum())
+        found, wanted, apart, most = (float(x[at]) for x in (actual, expected, error, allowed))
         raise Violation(
-            f"{what} at {list(at)} is {float(actual[at]):.6g} in place of {float(expected[at]):.6g}: they "
-            f"differ by {float(error[at]):.2g}, and rounding explains {float(allowed[at]):.2g} "
-            f"({share:.0%} of {int(compared.sum())} compared values differ)",
+            f"{what} at {list(at)} is {found:.6g} in place of {wanted:.6g}: they differ by {apart:.2g}, and "
+            f"rounding explains {most:.2g} ({share:.0%} of {count} compared values differ)",
             stage=stage,
+            facts={
+                "what": what,
+                "index": list(at),
+                "observed": found,
+                "expected": wanted,
+                "difference": apart,
+                "tolerance": most,
+                "share_differing": share,
+                "compared": count,
+            },
+            values=(actual.detach(), expected.detach()),
         )
     return float(used.flatten()[worst])
 
 
+@dataclass(frozen=True)
+class Clearance:
+    """By how much the experts of tokens were chosen over others."""
+
+    gap: Tensor
+    """[T]: the K-th largest key less the next one (with groups, as in `stages.select`)."""
+    bound: Tensor
+    """[T]: what rounding explains of it."""
+
+
 def same_experts(
-    actual: Tensor, expected: Tensor, *, what: str, stage: str = "select", where: Tensor | None = None
+    actual: Tensor,
+    expected: Tensor,
+    *,
+    what: str,
+    stage: str = "select",
+    where: Tensor | None = None,
+    clearance: Clearance | None = None,
 ) -> None:
-    """Raise Violation unless each token's experts are the same set; actual and expected [T, K], where [T]."""
+    """Raise Violation unless each token's experts are the same set; actual and expected [T, K], where [T].
+
+    clearance of the token that is shown goes with the counterexample.
+    """
     if actual.shape != expected.shape:
         have, want = tuple(actual.shape), tuple(expected.shape)
-        raise Violation(f"{what}: experts have shape {have} in place of {want}", stage=stage)
+        shapes = {"what": what, "observed": have, "expected": want}
+        raise Violation(f"{what}: experts have shape {have} in place of {want}", stage=stage, facts=shapes)
     where = torch.ones(len(actual), dtype=torch.bool) if where is None else where
     if not where.any():
         raise Void(f"{what}: no token's selection was comparable")
     differ = (actual.sort(-1).values != expected.sort(-1).values).any(-1) & where
     if differ.any():
-        token = int(differ.nonzero()[0, 0])
+        token, count, compared = int(differ.nonzero()[0, 0]), int(differ.sum()), int(where.sum())
         found, wanted = (sorted(x[token].tolist()) for x in (actual, expected))
+        facts: dict[str, Any] = {
+            "what": what,
+            "index": [token],
+            "observed": found,
+            "expected": wanted,
+            "share_differing": count / compared,
+            "compared": compared,
+        }
+        if clearance is not None:
+            gap, bound = float(clearance.gap[token]), float(clearance.bound[token])
+            facts["boundary"] = {"gap": gap, "rounding_explains": bound}
         raise Violation(
             f"{what}: token {token} goes to experts {found} in place of {wanted} "
-            f"({int(differ.sum())} of {int(where.sum())} compared tokens differ)",
+            f"({count} of {compared} compared tokens differ)",
             stage=stage,
+            facts=facts,
         )
 
 
@@ -205,10 +291,12 @@ def ragged(
 ) -> Ragged:
     """A batch with (left, right) padding for each sequence: right only, left only and both."""
     tokens = case.tokens(len(pads), length)
+    batch, length = tokens.shape
     mask = torch.ones_like(tokens, dtype=torch.bool)
-    for row, (left, right) in enumerate(pads):
-        mask[row, :left] = False
-        mask[row, length - right :] = False
+    for row, (left, right) in enumerate(pads[:batch]):
+        after = min(right, length - 1)  # a real token is left of each sequence, however short
+        mask[row, : min(left, length - 1 - after)] = False
+        mask[row, length - after :] = False
     return Ragged(tokens, mask)
 
 
@@ -225,4 +313,15 @@ def finite(value: Tensor, what: str, *, stage: str = "", where: Tensor | None = 
     bad = ~value.isfinite()
     if where is not None:
         bad = bad & where.view(*where.shape, *[1] * (value.dim() - where.dim()))
-    require(not bool(bad.any()), f"{what} has {int(bad.sum())} values that are not finite", stage=stage)
+    if bad.any():
+        at = bad.nonzero()[0].tolist()
+        raise Violation(
+            f"{what} has {int(bad.sum())} values that are not finite",
+            stage=stage,
+            facts={
+                "what": what,
+                "index": at,
+                "observed": float(value[tuple(at)]),
+                "share_differing": float(bad.double().mean()),
+            },
+        )

@@ -108,6 +108,16 @@ def lossless(case: Case, what: str, found: Law, wanted: Law, *, stage: str = "la
             f"{what}: lossy: TV = {tv:.4g} over {len(wanted)} outcomes: {_shown(worst.outcome)} comes with "
             f"probability {worst.here:.6g} in place of {worst.there:.6g}",
             stage=stage,
+            facts={
+                "what": what,
+                "index": _shown(worst.outcome),
+                "observed": worst.here,
+                "expected": worst.there,
+                "difference": abs(worst.here - worst.there),
+                "total_variation": tv,
+                "tolerance": LOSSLESS,
+                "compared": len(wanted),
+            },
         )
 
 

@@ -64,11 +64,19 @@ def check_gradients(
     # Asked for once more, it is no sum of both: what was found first is not added to.
     again = model.gradients(language_model_loss(model.forward(batch.tokens, mask=batch.mask), batch))
     missing = sorted(expected.keys() - found.keys())
-    require(not missing, f"there is no gradient of {', '.join(missing[:3])}")
+    require(not missing, f"there is no gradient of {', '.join(missing[:3])}", stage="gradient")
     for name, radius in radii(expected, longest_product(architecture)).items():
-        finite(found[name], f"{label}: gradient of {name}")
-        agree(found[name], expected[name].centre, radius, what=f"{label}: gradient of {name}")
-        agree(again[name], expected[name].centre, radius, what=f"{label}: second gradient of {name}")
+        finite(found[name], f"{label}: gradient of {name}", stage="gradient")
+        agree(
+            found[name], expected[name].centre, radius, what=f"{label}: gradient of {name}", stage="gradient"
+        )
+        agree(
+            again[name],
+            expected[name].centre,
+            radius,
+            what=f"{label}: second gradient of {name}",
+            stage="gradient",
+        )
 
 
 def radii(expected: Mapping[str, Spread], inner: int) -> dict[str, float]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import pytest
 
 from harness.spec.architecture import Architecture
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Level = Literal["MUST", "SHOULD"]
 Outcome = Literal["passed", "failed", "unsupported", "expected", "stale", "void"]
@@ -18,10 +21,20 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Violation(AssertionError):
     """The implementation breaks the property: the message is the counterexample in one sentence."""
 
-    def __init__(self, message: str, *, stage: str = "", facts: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        stage: str = "",
+        facts: dict[str, Any] | None = None,
+        values: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """`facts`, of JSON's types, say what the message says; `values` are all that was observed, and all
+        that was expected, where these are tensors of one shape."""
         super().__init__(message)
         self.stage = stage
         self.facts = facts or {}
+        self.values = values
 
 
 class Void(Exception):
@@ -56,6 +69,8 @@ class Property:
     """To which architectures; where it does not apply it is not run and not counted."""
     statement: str = ""
     """The docstring's first sentence."""
+    costly: bool = False
+    """Left out of the fast profile: it takes a multiple of what most properties do."""
 
 
 def conformance(
@@ -66,12 +81,13 @@ def conformance(
     level: Level = "MUST",
     kills: tuple[str, ...] = (),
     applies: Callable[[Architecture | None], bool] = always,
+    costly: bool = False,
 ) -> Callable[[F], F]:
     """Mark a test function `def test_x(case: Case) -> None` as a property."""
 
     def mark(function: F) -> F:
         statement = (function.__doc__ or "").strip().split("\n")[0]
-        prop = Property(slug, clause, needs, level, kills, applies, statement)
+        prop = Property(slug, clause, needs, level, kills, applies, statement, costly)
         marked: F = pytest.mark.conformance(prop)(function)
         return marked
 

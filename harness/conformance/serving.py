@@ -265,8 +265,10 @@ class Agreement:
                 ends[0] == ends[1], f"{what} ends with {ends[0]!r} other {than} ({ends[1]!r})", stage=stage
             )
         elif not self.excused(found, wanted, at, request):
-            shown = f"{list(found.tokens[: at + 1])} other {than} ({list(wanted.tokens[: at + 1])})"
-            raise Violation(f"{what} differs at token {at}: {shown}", stage=stage)
+            have, want = list(found.tokens[: at + 1]), list(wanted.tokens[: at + 1])
+            message = f"{what} differs at token {at}: {have} other {than} ({want})"
+            facts = {"what": what, "index": [at], "observed": have, "expected": want}
+            raise Violation(message, stage=stage, facts=facts)
         self.tokens += at
 
     def logprobs(
@@ -289,6 +291,12 @@ class Agreement:
                 near <= ROUNDING[self.exact],
                 f"{what}: log probability of token {i} is {have:.6g} other {than} ({want:.6g})",
                 stage=stage,
+                what=what,
+                index=[i],
+                observed=have,
+                expected=want,
+                difference=near,
+                tolerance=ROUNDING[self.exact],
             )
 
     def excused(self, found: Completion, wanted: Completion, at: int, request: Request) -> bool:

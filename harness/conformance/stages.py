@@ -102,11 +102,14 @@ def combine_weights(
         bound = relative * value
     else:
         value, bound = scores.value.gather(-1, at), scores.bound.gather(-1, at)
+        growth = torch.ones_like(value)
         if router.normalise:
             total = value.sum(-1, keepdim=True)
-            bound = (bound + value * bound.sum(-1, keepdim=True) / total) / total
+            # More than 1 only where scores of both signs cancel in their sum, as biased ones may.
+            growth = value.abs().sum(-1, keepdim=True) / total.abs()
+            bound = (bound + value.abs() * bound.sum(-1, keepdim=True) / total.abs()) / total.abs()
             value = value / total
-        bound = bound + gamma(slots + ELEMENTARY, dtype) * value
+        bound = bound + gamma(slots + ELEMENTARY, dtype) * growth * value.abs()
     value, bound = value * router.scaling_factor, bound * router.scaling_factor
     return Judged(value.where(kept, 0), bound.where(kept, 0) + torch.finfo(dtype).tiny)
 
@@ -159,26 +162,20 @@ def combine(
 def feed_forward(ff: FeedForward, matrices: Weights, x: Tensor, dtype: torch.dtype) -> Judged:
     """[rows, D] -> [rows, D] through one network, its matrices as [out, in] under gate, up, down (_bias)."""
     w = {name: matrix.double() for name, matrix in matrices.items()}
-
-    def linear(name: str) -> Judged:
-        bias = w.get(f"{name}_bias")
-        value = x.double() @ w[name].T
-        return Judged(value if bias is None else value + bias, dot_bound(w[name], x, bias, dtype=dtype))
-
-    up = linear("up")
-    gate = linear("gate") if ff.gated else up
+    up = linear(w["up"], w.get("up_bias"), x, dtype)
+    gate = linear(w["gate"], w.get("gate_bias"), x, dtype) if ff.gated else up
     slope = LIPSCHITZ[ff.activation]
     if ff.activation == "clamped_swiglu":
         assert ff.clamp is not None
         g = gate.value.clamp(max=ff.clamp)
-        curve, other = g * torch.sigmoid(1.702 * g), up.value.clamp(-ff.clamp, ff.clamp) + 1
+        curved, other = g * torch.sigmoid(1.702 * g), up.value.clamp(-ff.clamp, ff.clamp) + 1
     else:
-        curve, other = _curve(ff.activation, gate.value), up.value
+        curved, other = curve(ff.activation, gate.value), up.value
     if ff.gated:
-        hidden = curve * other
-        spread = slope * gate.bound * other.abs() + curve.abs() * up.bound
+        hidden = curved * other
+        spread = slope * gate.bound * other.abs() + curved.abs() * up.bound
     else:
-        hidden, spread = curve, slope * up.bound
+        hidden, spread = curved, slope * up.bound
     spread = spread + gamma(ELEMENTARY, dtype) * hidden.abs()
     bias = w.get("down_bias")
     value = hidden @ w["down"].T
@@ -186,7 +183,15 @@ def feed_forward(ff: FeedForward, matrices: Weights, x: Tensor, dtype: torch.dty
     return Judged(value if bias is None else value + bias, bound)
 
 
-def _curve(activation: str, x: Tensor) -> Tensor:
+def linear(weight: Tensor, bias: Tensor | None, x: Tensor, dtype: torch.dtype) -> Judged:
+    """[rows, in] -> W x + b, [rows, out]."""
+    value = x.double() @ weight.double().T
+    value = value if bias is None else value + bias.double()
+    return Judged(value, dot_bound(weight, x, bias, dtype=dtype))
+
+
+def curve(activation: str, x: Tensor) -> Tensor:
+    """The activation of each x; not clamped_swiglu, which has a clamp."""
     match activation:
         case "relu":
             return x.clamp(min=0)

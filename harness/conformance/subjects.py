@@ -11,7 +11,7 @@ from harness import spec as specs
 from harness.spec.architecture import Architecture
 
 if TYPE_CHECKING:
-    from harness.conformance.case import Case
+    from harness.conformance.case import Case, Shrink
     from harness.conformance.property import Property
     from harness.implementations.protocols import Implementation, Model
 
@@ -76,18 +76,24 @@ def _pair(text: str) -> tuple[str, str]:
     return address, spec
 
 
-def case(subject: Subject, prop: Property, seed: int) -> Case:
-    """What the property's test function is called with."""
-    from harness.conformance.case import Case
+def case(subject: Subject, prop: Property, seed: int, shrink: Shrink | None = None) -> Case:
+    """What the property's test function is called with.
 
+    Raises pydantic.ValidationError where what `shrink` says is no architecture.
+    """
+    from harness.conformance.case import Case, Shrink, replaced
+
+    shrink = shrink or Shrink()
     full = subject.architecture
+    twin = None if full is None else specs.twin(full)
     return Case(
         implementation=subject.implementation,
         slug=prop.slug,
         seed=seed,
         spec_name=subject.spec,
         full=full,
-        architecture=None if full is None else specs.twin(full),
+        architecture=replaced(twin, shrink.fields) if twin is not None and shrink.fields else twin,
+        shrink=shrink,
     )
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -78,6 +79,10 @@ class LikeModel:
     sites: tuple[trace.Site, ...] = ()
     weight_map: WeightMap | None = None
     decoding: Decoding | None = None
+    missing: Mapping[str, str] = field(default_factory=dict)
+    """Capability that is not declared -> why."""
+    others: Callable[[], Mapping[str, LikeModel]] | None = None
+    """Makes modules of the same class that compute in other ways; their weights are put in here."""
     copies_caches: ClassVar[bool] = True
     """That a cache survives its use is the adapter's doing, so no property gives the module credit for it."""
 
@@ -153,6 +158,25 @@ class LikeModel:
         if not isinstance(loss, Tensor):
             raise Unsupported("the model returns no aux_loss")
         return {"balance": loss}
+
+    def alternatives(self) -> Mapping[str, LikeModel]:
+        """The same weights in modules that compute in other ways. Raises Unsupported where there are none."""
+        found = {} if self.others is None else self.others()
+        if not found:
+            raise Unsupported("there is one way to compute it")
+        for other in found.values():
+            other.module.load_state_dict(self.module.state_dict())
+        return found
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Within it the module is in training mode."""
+        before = self.module.training
+        self.module.train()
+        try:
+            yield
+        finally:
+            self.module.train(before)
 
     @property
     def settings(self) -> frozenset[str]:

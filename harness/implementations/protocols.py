@@ -10,6 +10,7 @@ harness asks for nothing that was not declared, and checks what was.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from harness.reference.engine import Arrival, Completion, Limits, Request, Served, Speculation, Streamed
 from harness.spec.architecture import Architecture
+from harness.spec.vision import Sight, Vision
 
 Capability = Literal[
     "parameters",
@@ -32,6 +34,11 @@ Capability = Literal[
     "speculate",
     "serve",
     "limits",
+    "train",
+    "recompute",
+    "bias_update",
+    "cross_attention",
+    "alternatives",
 ]
 
 
@@ -146,6 +153,83 @@ class AuxiliaryLosses(Protocol):
 
     def auxiliary_loss(self, tokens: Tensor, *, mask: Tensor | None = None) -> Mapping[str, Tensor]:
         """Uncoefficiented scalars by kind: "balance" (in the architecture's convention), "z"."""
+
+
+@runtime_checkable
+class Trains(Protocol):
+    """Capability "train": `forward`, `routing` and `auxiliary_loss` in training mode too."""
+
+    def training(self) -> AbstractContextManager[None]:
+        """Within it the model is in training mode: noise on routers is drawn, loads are counted. After it the
+        mode is what it was before."""
+
+
+@runtime_checkable
+class Recomputes(Protocol):
+    """Capability "recompute": activation checkpointing."""
+
+    def recomputing(self) -> AbstractContextManager[None]:
+        """Within it passes keep no activations, and `gradients` computes them a second time."""
+
+
+@runtime_checkable
+class UpdatesBiases(Protocol):
+    """Capability "bias_update", with "train": balance by correction biases in place of a loss."""
+
+    def update_biases(self, rate: float) -> None:
+        """b_e += rate * sign(mean load - load_e) in every MoE layer, the load being the tokens that chose
+        expert e in training passes since the last update (arXiv 2408.15664, algorithm 1)."""
+
+    def saved(self) -> Mapping[str, Tensor]:
+        """What a checkpoint would hold, by the names of `parameters`."""
+
+
+@runtime_checkable
+class HasAlternatives(Protocol):
+    """Capability "alternatives": the same model, computed in other ways (kernels, dispatches)."""
+
+    def alternatives(self) -> Mapping[str, Forward]:
+        """Models with the same weights, each by what it does differently ("experts=batched_mm"), made anew by
+        each call. One that offers less than this model says so by its capabilities."""
+
+
+@runtime_checkable
+class CrossAttends(Protocol):
+    """Capability "cross_attention": text that looks at images, whose features an encoder outside has made.
+
+    Letters besides: N images (or videos) of a sequence, M frames of one, P features of a frame, W their
+    width.
+    """
+
+    @property
+    def sight(self) -> Sight:
+        """The sizes of features that it takes."""
+
+    def load_vision(self, vision: Vision, weights: Mapping[str, Tensor]) -> None:
+        """With "weights": put cross-attention of that shape into the model, with the weights of
+        harness.reference.vision by canonical names; from then on `gradients` holds theirs too. Raises
+        Unsupported for a shape that it cannot have."""
+
+    def see(self, tokens: Tensor, features: Tensor, visible: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """Logits [B, S, V] of tokens [B, S] with images [B, N, M, P, W], or single ones [B, N, P, W].
+
+        visible [B, S, N] is True where a token sees an image (`harness.reference.vision.last_image` makes
+        Flamingo's); an image that no token sees is padding. mask [B, S] as in `forward`. Differentiable in
+        features.
+        """
+
+    def see_on(
+        self,
+        tokens: Tensor,
+        cache: Any | None,
+        visible: Tensor,
+        *,
+        features: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
+        """With "cache": logits [B, S, V] of the next S tokens and the cache after them. The first call (cache
+        None) is given the features of all images; later ones see the same, kept in the cache. visible
+        [B, past + S, N] and mask [B, past + S] cover the past too."""
 
 
 @runtime_checkable

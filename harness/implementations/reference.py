@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields
+from functools import lru_cache, partial
 from typing import get_args
 
 import torch
 from torch import Tensor
 
 from harness.implementations.protocols import Capability, Routing, Unsupported
-from harness.reference import Cache, ReferenceModel, build
+from harness.reference import Cache, ReferenceModel, build, weights
 from harness.reference.engine import (
     Arrival,
     Completion,
@@ -27,8 +28,11 @@ from harness.reference.engine import (
     Speculation,
     Streamed,
 )
+from harness.reference.experts import Experts
 from harness.reference.remembered import remembered
+from harness.reference.vision import SeeingCache, SeeingModel, load
 from harness.spec.architecture import Architecture
+from harness.spec.vision import Sight, Vision
 
 
 @dataclass
@@ -75,6 +79,10 @@ class ReferenceUnderTest:
     draft: ReferenceModel | None = None
     on_engine: list[Callable[[Engine], None]] = field(default_factory=list)
     """Called with every engine that is built, before it is used."""
+    seeing: SeeingModel | None = None
+    """The model with cross-attention, where some was loaded."""
+    on_vision: list[Callable[[SeeingModel], None]] = field(default_factory=list)
+    """Called with every SeeingModel that is made, before it is used."""
 
     @property
     def capabilities(self) -> frozenset[Capability]:
@@ -82,12 +90,18 @@ class ReferenceUnderTest:
         dense: frozenset[Capability] = frozenset(
             (
                 *("parameters", "forward", "cache", "gradients", "weights"),
+                *("train", "recompute", "cross_attention"),
                 *("generate", "enumerable", "speculate", "serve", "limits"),
             )
         )
-        if self.model.architecture.moe is None:
+        moe = self.model.architecture.moe
+        if moe is None:
             return dense
-        return dense | {"routing", "auxiliary_loss"}
+        balanced: frozenset[Capability] = (
+            frozenset(("bias_update",)) if moe.router.correction_bias else frozenset()
+        )
+        routed: frozenset[Capability] = frozenset(("routing", "auxiliary_loss", "alternatives"))
+        return dense | routed | balanced
 
     @property
     def vocab_size(self) -> int:
@@ -129,8 +143,9 @@ class ReferenceUnderTest:
         self.model.load_weights(weights)
 
     def gradients(self, loss: Tensor) -> Mapping[str, Tensor]:
-        """d loss / d parameter by canonical name."""
-        return self.model.gradients(loss)
+        """d loss / d parameter by canonical name, those of cross-attention included."""
+        text = self.model.gradients(loss)
+        return text if self.seeing is None else text | self.seeing.gradients(loss)
 
     def router_names(self) -> list[str]:
         """Canonical names of the routers' weights."""
@@ -139,6 +154,80 @@ class ReferenceUnderTest:
     def auxiliary_loss(self, tokens: Tensor, *, mask: Tensor | None = None) -> Mapping[str, Tensor]:
         """Scalars "balance" and "z" without coefficients."""
         return self.model.auxiliary_loss(tokens, mask=mask)
+
+    def alternatives(self) -> Mapping[str, ReferenceUnderTest]:
+        """The same weights where every expert computes every token, and most with weight 0."""
+        like = next(self.model.parameters())
+        other = build(self.model.architecture, device=like.device, dtype=like.dtype)
+        other.load_weights(self.model.parameters_by_name())
+        for block in other.blocks:
+            if block.moe is not None:
+                block.moe.experts.forward = partial(every_expert, block.moe.experts)  # type: ignore[method-assign]
+        return {"experts=dense": ReferenceUnderTest(other)}
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Training mode: the routers' noise is drawn from `generator`."""
+        before = self.model.training
+        for router in self.model.routers:
+            router.generator = self.generator
+        self.model.train()
+        try:
+            yield
+        finally:
+            self.model.train(before)
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Passes forget what each layer computed, and compute it again for its gradient."""
+        before, self.model.checkpointing = self.model.checkpointing, True
+        try:
+            yield
+        finally:
+            self.model.checkpointing = before
+
+    def update_biases(self, rate: float) -> None:
+        """One step of every correction bias."""
+        self.model.update_biases(rate)
+
+    def saved(self) -> Mapping[str, Tensor]:
+        """A copy of the state."""
+        return {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+
+    @property
+    def sight(self) -> Sight:
+        """What the cross-attention that was loaded looks at."""
+        return self._seeing.vision.sight
+
+    @property
+    def _seeing(self) -> SeeingModel:
+        if self.seeing is None:
+            raise Unsupported("no cross-attention was loaded")
+        return self.seeing
+
+    def load_vision(self, vision: Vision, weights: Mapping[str, Tensor]) -> None:
+        """Gated blocks before some of the layers."""
+        self.seeing = SeeingModel(self.model, vision)
+        load(self.seeing, weights)
+        for patch in self.on_vision:
+            patch(self.seeing)
+
+    def see(self, tokens: Tensor, features: Tensor, visible: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """Logits [B, S, V] with images."""
+        return self._seeing.run(tokens, None, visible, features, mask)[0]
+
+    def see_on(
+        self,
+        tokens: Tensor,
+        cache: SeeingCache | None,
+        visible: Tensor,
+        *,
+        features: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, SeeingCache]:
+        """Logits [B, S, V] of the next tokens with images, and the cache after them."""
+        logits, after, _ = self._seeing.run(tokens, cache, visible, features, mask)
+        return logits, after
 
     @property
     def settings(self) -> frozenset[str]:
@@ -193,6 +282,15 @@ class ReferenceUnderTest:
         return EngineSession(self.engine(limits or Limits(), speculation))
 
 
+def every_expert(experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """Tokens x [T, D] through all experts, each weighted by what indices and weights [T, K] give it, or 0."""
+    out = torch.zeros_like(x)
+    for expert in range(experts.n_experts):
+        share = (weights * (indices == expert)).sum(-1, keepdim=True).to(x.dtype)
+        out = out + share * experts.compute(expert, x)
+    return out
+
+
 @dataclass(frozen=True)
 class Reference:
     """The Implementation "reference"."""
@@ -206,9 +304,15 @@ class Reference:
         """A fresh model with weights drawn from `seed`; raises Unsupported where none can be built."""
         if architecture is None:
             raise Unsupported("the reference has no shape of its own: it needs a spec")
-        generator = torch.Generator().manual_seed(seed)
         try:
-            model = build(architecture, device=device, dtype=dtype, generator=generator)
+            drawn = None if device == "meta" else _drawn(architecture, seed)
+            model = build(architecture, device=device, dtype=dtype, values=drawn)
         except ValueError as error:
             raise Unsupported(str(error)) from error
         return ReferenceUnderTest(model, torch.Generator().manual_seed(seed))
+
+
+@lru_cache(maxsize=8)
+def _drawn(architecture: Architecture, seed: int) -> Mapping[str, Tensor]:
+    """A seed's weights, which a run builds again and again; not to be written to."""
+    return weights.draw(architecture, torch.Generator().manual_seed(seed))

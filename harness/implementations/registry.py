@@ -1,5 +1,6 @@
-"""From a string to an implementation: `reference`, `mutant:NAME`, `transformers:NAME[,key=value...]`,
-`openai:URL[,key=value...]`, or `package.module:factory` for a stranger's own."""
+"""From a string to an implementation: `reference`, `independent`, `null`, `mutant:NAME`,
+`transformers:NAME[,key=value...]`, `openai:URL[,key=value...]`, or
+`package.module:factory` for a stranger's own."""
 
 from __future__ import annotations
 
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
 MAPPED_FAMILIES = ("dbrx", "deepseek_v3", "gpt2", "gpt_oss", "llama", "mixtral", "olmoe", "qwen3_moe")
 """Families of transformers that can be built from an architecture and loaded with the reference's weights."""
 
+PLAIN = {
+    "reference": ("harness.implementations.reference", "Reference"),
+    "independent": ("harness.implementations.independent", "Independent"),
+    "null": ("harness.implementations.null", "Null"),
+}
+"""Addresses that are one word: module and class."""
+
 OPTIONS = {"experts": ("eager", "batched_mm", "grouped_mm"), "attention": ("auto", "eager", "sdpa")}
 """What may follow `transformers:NAME,`; the first of each is the default."""
 
@@ -27,7 +35,7 @@ class AdapterError(ValueError):
 def names() -> tuple[str, ...]:
     """Addresses that `resolve` knows without being told more: the reference, the mutants and the mapped
     families of transformers. Imports neither torch nor transformers beyond what the mutants need."""
-    return ("reference", *(f"mutant:{name}" for name in _mutants()), *_families())
+    return (*PLAIN, *(f"mutant:{name}" for name in _mutants()), *_families())
 
 
 def resolve(address: str) -> Implementation:
@@ -37,10 +45,10 @@ def resolve(address: str) -> Implementation:
     imported, a factory that fails, or an object that is no implementation.
     """
     kind, colon, rest = address.partition(":")
-    if address == "reference":
-        from harness.implementations.reference import Reference
-
-        return Reference()
+    if address in PLAIN:
+        module, of = PLAIN[address]
+        made: Implementation = getattr(importlib.import_module(module), of)()
+        return made
     if kind == "mutant" and colon:
         return _mutant(rest)
     if kind == "transformers" and colon:
@@ -51,7 +59,8 @@ def resolve(address: str) -> Implementation:
         hint = did_you_mean(address, names())
         raise AdapterError(
             f"there is no implementation {address!r}{hint}; "
-            "say reference, mutant:NAME, transformers:NAME, openai:URL or package.module:factory"
+            "say reference, independent, null, mutant:NAME, transformers:NAME, openai:URL or "
+            "package.module:factory"
         )
     return _factory(kind, rest)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ class Site:
     logits_at: int | None = None
     """Place of the logits in the router's output; None: the widest float tensor."""
     derive: Derive | None = None
+    read: Callable[[Any], tuple[Tensor, Tensor]] | None = None
+    """The router's output to indices and weights [T, K], where it returns masks in their place."""
     block_is_layer: bool = False
     """The router sits right in the transformer layer, so that there is no block around MoE alone."""
 
@@ -71,7 +73,8 @@ def sites(
         children = dict(root.get_submodule(block).named_children())
         experts = f"{block}.experts" if "experts" in children else None
         beside_attention = any("attn" in child or "attention" in child for child in children)
-        found.append(Site(_layer(name), name, block, experts, logits_at(module), derive, beside_attention))
+        where = Site(_layer(name), name, block, experts, logits_at(module), derive)
+        found.append(replace(where, block_is_layer=beside_attention))
     return tuple(sorted(found, key=lambda site: site.layer))
 
 
@@ -140,15 +143,13 @@ def _routing(site: Site, seen: _Seen) -> Routing:
     if not isinstance(logits, Tensor):
         raise TraceError(f"router {site.router} returned no logits")
     logits = logits.reshape(tokens, -1)
-    combining = _selection(_tensors(seen.experts_in), tokens, logits)
-    routed = _selection(announced, tokens, logits)
     weights: Tensor | None
     if site.derive is not None:
         indices, weights = site.derive(logits)
-    elif combining is not None or routed is not None:
-        indices, weights = _merged(combining, routed)
+    elif site.read is not None:
+        indices, weights = site.read(seen.router_out)
     else:
-        raise TraceError(f"router {site.router} shows no expert indices [T, K], nor do its experts")
+        indices, weights = _selected(site, seen, tokens, logits)
     hidden = seen.router_in if site.block_is_layer else seen.block_in
     output = None if site.block_is_layer else next(iter(_tensors(seen.block_out)), None)
     return Routing(
@@ -162,6 +163,15 @@ def _routing(site: Site, seen: _Seen) -> Routing:
 
 
 _Selection = tuple[Tensor, Tensor | None]
+
+
+def _selected(site: Site, seen: _Seen, tokens: int, logits: Tensor) -> _Selection:
+    """What the experts were handed, and what the router returned."""
+    combining = _selection(_tensors(seen.experts_in), tokens, logits)
+    routed = _selection(_tensors(seen.router_out), tokens, logits)
+    if combining is None and routed is None:
+        raise TraceError(f"router {site.router} shows no expert indices [T, K], nor do its experts")
+    return _merged(combining, routed)
 
 
 def _selection(tensors: list[Tensor], tokens: int, logits: Tensor) -> _Selection | None:

@@ -5,12 +5,15 @@ Letters: T tokens, K top-k.
 
 from __future__ import annotations
 
+from dataclasses import replace as with_fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from harness.mutants.defect import Method, mutant, routers
+from harness.mutants.defect import Method, experts, mutant, routers
+from harness.reference.experts import Dispatch
+from harness.reference.router import Routed
 
 
 @mutant(routers, "drop", stage="drop", origin="transformers#48293")
@@ -83,5 +86,73 @@ def gradient_stops_at_the_first_drop(_: Any, drop: Method) -> Method:
         indices, kept = drop(selected, weights, real)
         after = ((indices < 0).any(-1) & real).cumsum(0) > 0
         return indices, torch.where(after[:, None], kept.detach(), kept)
+
+    return changed
+
+
+@mutant(routers, "drop", stage="drop", origin="DeepSpeed#7163")
+def places_kept_without_drops(router: Any, drop: Method) -> Method:
+    """Where nothing is dropped a token keeps the slots of the call before."""
+    before: dict[torch.Size, Tensor] = {}
+
+    def changed(selected: Tensor, weights: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        if router.router.capacity_factor is not None:
+            return drop(selected, weights, real)  # type: ignore[no-any-return]
+        kept = before.setdefault(selected.shape, selected.clone())
+        return kept, weights
+
+    return changed
+
+
+@mutant(routers, "drop", stage="drop", origin="DeepSpeed#5353")
+def capacity_below_the_tokens(router: Any, drop: Method) -> Method:
+    """An expert has fewer places than there are tokens, however large the factor: the top-k over tokens that
+    finds who stays cannot be asked for all of them."""
+
+    def changed(selected: Tensor, weights: Tensor, real: Tensor) -> Any:
+        indices, kept = drop(selected, weights, real)
+        if router.router.capacity_factor is None:
+            return indices, kept
+        hot = torch.zeros(len(selected), router.n_experts + 1, dtype=torch.int64)
+        hot = hot.scatter(-1, indices.where(indices >= 0, router.n_experts), 1) * real[:, None]
+        place = (hot.cumsum(0) - 1).gather(-1, indices.clamp(min=0))
+        fits = place < real.sum() - 1
+        return indices.where(fits, -1), kept.where(fits, 0)
+
+    return changed
+
+
+@mutant(routers, "drop", stage="drop", origin="Megatron-LM 7968fd6532")
+def policy_misspelt(router: Any, drop: Method) -> Method:
+    """One of the two policies is not recognised, and nothing is dropped."""
+
+    def changed(selected: Tensor, weights: Tensor, real: Tensor) -> Any:
+        known = router.router.drop_policy == "position"
+        return drop(selected, weights, real) if known else (selected, weights)
+
+    return changed
+
+
+@mutant(experts, "combine", stage="combine", origin="torchtitan#1237")
+def dropped_rows_not_initialised(_: Any, combine: Method) -> Method:
+    """The rows of dropped slots hold what was in memory, and 0 times that may be NaN."""
+
+    def changed(outputs: Tensor, plan: Dispatch, weights: Tensor) -> Any:
+        computed = torch.arange(len(outputs)) < sum(plan.counts)
+        return combine(outputs.where(computed[:, None], torch.nan), plan, weights)
+
+    return changed
+
+
+@mutant(routers, "forward", stage="gradient", origin="transformers#48689", spec="olmoe-1b-7b")
+def dropped_slots_train_the_router(_: Any, forward: Method) -> Method:
+    """The weight of a dropped slot is 0, and its gradient is not."""
+
+    def changed(x: Tensor, real: Tensor) -> Routed:
+        routed: Routed = forward(x, real)
+        full = routed.scores.gather(-1, routed.selected)
+        leak = (full - full.detach()).where(routed.indices < 0, 0)
+        # What multiplies the slot's weight is some expert's output: here, of the order of the others'.
+        return with_fields(routed, weights=routed.weights + leak.sum(-1, keepdim=True))
 
     return changed

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -19,6 +19,7 @@ from harness.reference.layers import Norm
 from harness.spec.architecture import Architecture
 
 Method = Callable[..., Any]
+Side = Literal["model", "engine"]
 Patch = Callable[[ReferenceUnderTest], None]
 Targets = Callable[[ReferenceModel], Iterable[Any]]
 EngineTargets = Callable[[Any], Iterable[Any]]
@@ -37,6 +38,10 @@ def anywhere(_: Architecture) -> bool:
     return True
 
 
+OF_ENGINES: dict[str, Any] = {"side": "engine", "applies": anywhere}
+"""Where a defect of an engine shows, unless its row says otherwise."""
+
+
 @dataclass(frozen=True)
 class Mutant:
     """A named defect."""
@@ -46,15 +51,19 @@ class Mutant:
     """Puts the defect into what was just built: into its model, or into every engine that it will build."""
     stage: str
     """What is wrong: param, proj, score, select, weigh, drop, combine, loss, gradient, project, rotate,
-    expand_kv, mask, scores, cache, norm, unembed, compute (more than needed) or state (left by a call). Of
-    an engine: law (of the tokens drawn), greedy, stop, logprobs, seed, acceptance, counters, isolation,
-    settings (ignored), pages, prefix (shared), preempt, rollback, schedule or fault."""
+    expand_kv, mask, scores, cache, norm, unembed, vision (cross-attention to images), compute (more than
+    needed) or state (left by a call); in training noise (of the routers), balance (loads and correction
+    biases) or recompute (checkpointing). Of an engine: law (of the tokens drawn), greedy, stop, logprobs,
+    seed, acceptance, counters, isolation, settings (ignored), pages, prefix (shared), preempt, rollback,
+    schedule or fault."""
     origin: str
     """Where a defect of this kind shipped: repository#issue or commit; empty where none is cited."""
     defect: str
     """What is wrong, in a sentence."""
     spec: str
     """A shipped spec on whose twin, or on a variant of it, it shows."""
+    side: Side
+    """What the patch is of: the model, or the engines that run it."""
     applies: Applies
     """Architectures that have the stage at all; on others the mutant cannot be built."""
 
@@ -70,6 +79,7 @@ def enter(
     stage: str,
     origin: str = "",
     spec: str = "mixtral-8x7b",
+    side: Side = "model",
     applies: Applies = has_experts,
 ) -> F:
     """Put the mutant that `function` describes into the catalogue, and give the function back."""
@@ -77,7 +87,7 @@ def enter(
     defect = (function.__doc__ or "").strip()
     if name in CATALOGUE or not defect:
         raise ValueError(f"mutant {name} needs a name of its own and a docstring")
-    CATALOGUE[name] = Mutant(name, patch, stage, origin, defect, spec, applies)
+    CATALOGUE[name] = Mutant(name, patch, stage, origin, defect, spec, side, applies)
     return function
 
 
@@ -98,7 +108,7 @@ def engine_mutant(targets: EngineTargets, method: str, **row: Any) -> Callable[[
         def patch(engine: Any) -> None:
             replace(make, targets(engine), method)
 
-        return enter(make, on_engine(patch), **({"applies": anywhere} | row))
+        return enter(make, on_engine(patch), **(OF_ENGINES | row))
 
     return decorate
 
@@ -126,7 +136,7 @@ def patched(**row: Any) -> Callable[[F], F]:
 
 def engine_patched(**row: Any) -> Callable[[F], F]:
     """Decorate patch(engine) -> None, for a defect of the engine that is not one method."""
-    return lambda patch: enter(patch, on_engine(patch), **({"applies": anywhere} | row))
+    return lambda patch: enter(patch, on_engine(patch), **(OF_ENGINES | row))
 
 
 @dataclass(frozen=True)

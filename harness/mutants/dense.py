@@ -59,3 +59,21 @@ def norm_gradient_lost(_: Any, forward: Method) -> Method:
 def tied_gradient_halved(model: Any, _: Method) -> Method:
     """A tied table gets only the gradient of its use as an embedding."""
     return lambda x: functional.linear(model.final_norm(x), model.embedding.weight.detach())
+
+
+@mutant(
+    whole,
+    "unembed",
+    stage="gradient",
+    origin="torchtitan#3764",
+    spec="gpt3-175b",
+    applies=lambda architecture: architecture.tie_embeddings,
+)
+def tied_gradient_doubled(model: Any, unembed: Method) -> Method:
+    """A tied table gets the gradient of its use as an unembedding twice."""
+
+    def changed(x: Any) -> Any:
+        again = functional.linear(model.final_norm(x).detach(), model.embedding.weight)
+        return unembed(x) + again - again.detach()
+
+    return changed

@@ -24,6 +24,13 @@ def drafts_are_greedy(_: Any, __: Method) -> Method:
     return lambda q, _draws: int(q.argmax())
 
 
+@engine_mutant(drafters, "choose", stage="law", origin="transformers Gemma4Assistant, 5.23.0", spec=DENSE)
+def early_exits_draft_greedily(drafter: Any, choose: Method) -> Method:
+    """Drafts of the first layers, and they alone, are the most probable tokens, reported with their law."""
+    model = getattr(drafter.reader, "model", None)
+    return (lambda q, _draws: int(q.argmax())) if isinstance(model, FirstLayers) else choose
+
+
 @engine_mutant(drafters, "law", stage="law", origin="transformers#47932", spec=DENSE)
 def drafts_report_raw_laws(drafter: Any, law: Method) -> Method:
     """Drafts are drawn under the request's settings, and reported with the softmax of raw logits."""

@@ -286,3 +286,37 @@ def swapped_if_half_square(model: Any, load: Method) -> Method:
         load({name: values[swap.get(name, name)] if wide else value for name, value in values.items()})
 
     return changed
+
+
+@mutant(experts, "compute", stage="combine", origin="Megatron-LM eef48ef31c")
+def experts_numbered_among_the_busy(target: Any, compute: Method) -> Method:
+    """Experts without tokens are left out of the numbering: the ones after them are taken for others."""
+    forward, busy = target.forward, list[int]()
+
+    def remembering(x: Tensor, indices: Tensor, weights: Tensor) -> Any:
+        busy[:] = sorted(set(indices[indices >= 0].tolist()))
+        return forward(x, indices, weights)
+
+    target.forward = remembering
+    return lambda expert, rows: compute(busy.index(expert), rows)
+
+
+@mutant(experts, "combine", stage="combine", origin="transformers#40609")
+def weights_not_transposed(_: Any, combine: Method) -> Method:
+    """Weights are read as [K, T] though they are [T, K]."""
+    return lambda outputs, plan, weights: combine(outputs, plan, weights.T.reshape(weights.shape))
+
+
+@mutant(whole, "load_weights", stage="combine", origin="vllm#47874", applies=_gated)
+def halves_taken_for_interleaved(_: Any, load: Method) -> Method:
+    """Of a fused matrix the even rows are taken for the gate and the odd ones for up, not the two halves."""
+
+    def changed(values: Any) -> None:
+        made = dict(values)
+        for name in [n for n in values if n.endswith("experts.gate")]:
+            up = name.replace(".gate", ".up")
+            fused = torch.cat([values[name], values[up]], dim=1)
+            made[name], made[up] = fused[:, 0::2], fused[:, 1::2]
+        load(made)
+
+    return changed

@@ -40,6 +40,21 @@ def errors_look_like_empty_answers(_: Any, run: Method) -> Method:
     return changed
 
 
+@engine_mutant(engines, "prepare", stage="seed", origin="vLLM CPU 0.32.0")
+def seeds_fail_with_chunks(engine: Any, prepare: Method) -> Method:
+    """A request with a seed fails where its prompt is computed in chunks: the generator cannot be moved on."""
+
+    def changed(work: Any) -> Any:
+        sequence = work.sequence
+        chunked = sequence.computed + work.known < len(sequence.request.prompt)
+        if chunked and sequence.request.sampling.seed is not None:
+            engine.fail(sequence, RuntimeError("a CPU generator has no offset to set"))
+            return None
+        return prepare(work)
+
+    return changed
+
+
 @engine_mutant(engines, "add", stage="fault")
 def foreign_tokens_wrap_around(engine: Any, add: Method) -> Method:
     """A token beyond the vocabulary is taken modulo its size."""

@@ -15,6 +15,8 @@ from harness.reference import attention, losses, weights
 from harness.reference.attention import Context
 from harness.reference.experts import Moe
 from harness.reference.layers import Embedding, FeedForward, Linear, Norm, Options
+from harness.reference.recomputed import recomputed
+from harness.reference.router import Router
 from harness.reference.trace import Cache, LayerCache, RoutingTrace
 from harness.spec.architecture import Architecture
 
@@ -83,12 +85,18 @@ class ReferenceModel(nn.Module):
         self.unembedding = None if tied else Linear(a.d_model, a.vocab_size, options=options)
         self.balance_loss = losses.BALANCES.get(a.auxiliary_loss.balance)
         self.z_loss = losses.z_loss
+        self.checkpointing = False
         self.eval()
 
     @property
     def blocks(self) -> list[Block]:
         """The layers, typed."""
         return [block for block in self.layers if isinstance(block, Block)]
+
+    @property
+    def routers(self) -> list[Router]:
+        """Those of all MoE layers, in layer order."""
+        return [block.moe.router for block in self.blocks if block.moe is not None]
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """[B, S] -> [B, S, D]: token embedding, plus the position's where positions are learned."""
@@ -109,7 +117,8 @@ class ReferenceModel(nn.Module):
         caches: list[LayerCache] = []
         traces: list[RoutingTrace] = []
         for i, block in enumerate(self.blocks):
-            x, layer_cache, trace = block(x, context, None if cache is None else cache.layers[i])
+            call = recomputed(block) if self.checkpointing else block
+            x, layer_cache, trace = call(x, context, None if cache is None else cache.layers[i])
             caches.append(layer_cache)
             if trace is not None:
                 traces.append(trace)
@@ -162,6 +171,13 @@ class ReferenceModel(nn.Module):
         if self.balance_loss is not None:
             out["balance"] = self.balance_loss(scores, selected, real)
         return out
+
+    def update_biases(self, rate: float) -> None:
+        """One step of every router's correction bias against the load since the step before."""
+        for block in self.blocks:
+            if block.moe is None:
+                continue
+            block.moe.router.update_bias(rate)
 
     def parameters_by_name(self) -> dict[str, Tensor]:
         """Canonical name -> tensor, correction biases included, tied tensors once."""
@@ -220,15 +236,19 @@ def build(
     dtype: torch.dtype = torch.float32,
     generator: torch.Generator | None = None,
     std: float = 0.5,
+    values: Mapping[str, Tensor] | None = None,
 ) -> ReferenceModel:
-    """The model in eval mode with weights drawn as `harness.reference.weights.draw` does.
+    """The model in eval mode with the weights `values`, or drawn as `harness.reference.weights.draw` does.
 
     On the meta device nothing is allocated or drawn. Without a generator the seed is 0. Raises
-    ValueError naming the field, if the architecture combines what has no defined meaning.
+    ValueError naming the field, if the architecture combines what has no defined meaning, and as
+    `load_weights` does.
     """
     device = torch.device(device)
     model = ReferenceModel(architecture, options={"device": device, "dtype": dtype})
-    if device.type != "meta":
+    if device.type != "meta" and values is not None:
+        model.load_weights(values)
+    elif device.type != "meta":
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         with torch.no_grad():
             parameters = model.parameters_by_name()

@@ -1,7 +1,8 @@
 """From hidden states to top-k experts and combine weights, stage by stage.
 
 Letters: T tokens (B sequences x S, flattened), D d_model, E experts, K top-k.
-Stages: project -> score -> select -> weigh -> drop; each is a method that may be replaced on an instance.
+Stages: (perturb, in training) -> project -> score -> select -> weigh -> drop; each is a method that may be
+replaced on an instance.
 """
 
 from __future__ import annotations
@@ -59,6 +60,25 @@ class Router(nn.Module):
             self.register_buffer("correction_bias", bias)
         else:
             self.correction_bias = None
+        # No part of a checkpoint: a load is used up by the update that it causes.
+        load = torch.zeros(moe.n_experts, device=options["device"], dtype=torch.int64)
+        self.load: Tensor
+        self.register_buffer("load", load, persistent=False)
+        self.generator: torch.Generator | None = None
+        self.recomputing = False
+
+    def perturb(self, x: Tensor) -> Tensor:
+        """[T, D], in training times noise from `generator`, uniform in [1 - jitter, 1 + jitter].
+
+        Switch, arXiv 2101.03961, section 2.2. Raises ValueError where noise is due and there is no generator.
+        """
+        jitter = self.router.jitter
+        if not self.training or not jitter:
+            return x
+        if self.generator is None:
+            raise ValueError("moe.router.jitter needs a generator to draw the noise of training from")
+        noise = torch.rand(x.shape, generator=self.generator, dtype=torch.float64).to(x)
+        return x * (1 - jitter + 2 * jitter * noise)
 
     def project(self, x: Tensor) -> Tensor:
         """[T, D] -> logits [T, E] in router precision."""
@@ -131,11 +151,24 @@ class Router(nn.Module):
         kept = (real_slot & (place < limit)).view_as(selected)
         return selected.where(kept, -1), weights.where(kept, 0)
 
+    def count(self, selected: Tensor, real: Tensor) -> None:
+        """Add the real tokens' choices [T, K] to the load: in training only, and not in a repeated pass."""
+        if self.training and not self.recomputing:
+            self.load += torch.bincount(selected[real].flatten(), minlength=self.n_experts)
+
+    def update_bias(self, rate: float) -> None:
+        """b_e += rate sign(mean load - load_e), and the load starts anew (arXiv 2408.15664, algorithm 1)."""
+        if self.correction_bias is not None:
+            load = self.load.to(self.dtype)
+            self.correction_bias += rate * (load.mean() - load).sign()
+        self.load.zero_()
+
     def forward(self, x: Tensor, real: Tensor) -> Routed:
         """Route tokens x [T, D]; real [T] bool is False at padding."""
-        logits = self.project(x)
+        logits = self.project(self.perturb(x))
         scores = self.score(logits)
         selected = self.select(scores, logits)
         weights = self.weigh(scores, logits, selected)
+        self.count(selected, real)
         indices, weights = self.drop(selected, weights, real)
         return Routed(logits, scores, selected, indices, weights)

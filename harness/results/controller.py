@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
 if TYPE_CHECKING:
     from harness.conformance.subjects import Subject
     from harness.results.gate import Verdict
-    from harness.results.record import Canary, Record
+    from harness.results.record import Canary, Null, Record
     from harness.results.runfile import RunWriter
 
 PLAN = "harness_plan"
@@ -18,7 +18,7 @@ PLAN = "harness_plan"
 OVERHEAD = "harness_overhead"
 """As above: what sampling the machine cost the worker, or None."""
 PHASES = ("setup", "call", "teardown")
-EXPLICIT = ("impl", "spec", "run_file", "baseline", "write_baseline")
+EXPLICIT = ("impl", "spec", "run_file", "baseline", "write_baseline", "reproduce")
 
 
 def asked_for(config: pytest.Config) -> bool:
@@ -34,6 +34,7 @@ class Controller:
         self._writer: RunWriter | None = None
         self._records: list[Record] = []
         self._canary: Canary | None = None
+        self._null: Null | Literal["off"] | None = "off" if config.getoption("no_null") else None
         self._dead: list[str] = []
         self._plan: dict[str, str] = {}
         self.overheads: list[dict[str, float]] = []
@@ -58,6 +59,7 @@ class Controller:
                     options={
                         "baseline": str(option("baseline") or ""),
                         "keyword": option("keyword"),
+                        "null": not option("no_null"),
                         "telemetry": option("telemetry"),
                         "timeout_property_s": option("timeout_property"),
                         "processes": getattr(self._config.option, "numprocesses", None),
@@ -70,11 +72,13 @@ class Controller:
         """Write each record down as it arrives."""
         from harness.results import reports
 
-        record, canary = reports.record_of(report), reports.canary_of(report)
+        record, canary, null = (of(report) for of in (reports.record_of, reports.canary_of, reports.null_of))
         if record is not None:
             self._add(record)
         elif canary is not None:
             self._canary = canary
+        elif null is not None:
+            self._null = null
         elif report.when not in PHASES:  # how pytest-xdist reports a worker that died
             self._dead.append(report.nodeid)
         else:
@@ -121,13 +125,24 @@ class Controller:
         terminalreporter.write_line(tables.counts(self._records))
         for sentence in tables.left_out(self._records):
             terminalreporter.write_line(sentence)
+        for sentence in tables.overhead(self._records, self._null):
+            terminalreporter.write_line(sentence)
         for cost in self.overheads:
             share = f"{cost['sampling_s']:.3f} s, {cost['share_of_wall']:.2%} of the run"
             terminalreporter.write_line(f"telemetry: {cost['samples']:.0f} samples took {share}")
+        for sentence in self._scripts():
+            terminalreporter.write_line(sentence)
         if self._verdict is None:
             terminalreporter.write_line("The run did not end of its own accord: this is not a result.")
         else:
             terminalreporter.write_line(f"{self._verdict.headline} (exit code {self._verdict.code})")
+
+    def _scripts(self) -> list[str]:
+        """Where the scripts of the failures are; their index is written."""
+        from harness.results import reproduce
+
+        folder = self._config.getoption("reproduce")
+        return [] if folder is None else [reproduce.indexed(folder, self._records)]
 
     def _add(self, record: Record) -> None:
         self._records.append(record)
@@ -139,8 +154,8 @@ class Controller:
         from harness.results.gate import CONFIG, FAILED, OK, Verdict, judge
 
         if self._writer is not None:
-            self._writer.finish(self._records, self._canary)
-        verdict = judge(self._records, self._canary)
+            self._writer.finish(self._records, self._canary, self._null)
+        verdict = judge(self._records, self._canary, self._null)
         path = self._config.getoption("write_baseline")
         if path is not None and verdict.code in (OK, FAILED):
             try:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from harness.results import baseline as baselines
 from harness.results.baseline import Baseline
-from harness.results.record import Canary, Key, Outcome, Record
+from harness.results.record import Canary, Key, Null, Outcome, Record
 from harness.results.runfile import Run
 
 OK = 0
@@ -57,7 +57,9 @@ class Verdict:
         }
 
 
-def judge(records: Sequence[Record], canary: Canary | None) -> Verdict:
+def judge(
+    records: Sequence[Record], canary: Canary | None, null: Null | Literal["off"] | None = None
+) -> Verdict:
     """The verdict on records whose outcomes have a baseline applied already."""
     details = tuple(
         Detail(r.outcome, r.key, r.reason)
@@ -69,6 +71,10 @@ def judge(records: Sequence[Record], canary: Canary | None) -> Verdict:
     if canary is not None and not canary.caught:
         why = f"the canary was not caught ({canary.reason}), so no outcome of this run can be believed"
         return Verdict(VOID, why, details)
+    if isinstance(null, Null) and null.vacuous:
+        count = f"{len(null.passed)} of {len(null.passed)}" if len(null.passed) > 1 else "the only one"
+        why = f"an implementation that computes nothing passed {count} of this run's properties"
+        return Verdict(VOID, f"{why}, so its outcomes show nothing; run others beside them", details)
     if failed or stale:
         return Verdict(FAILED, f"new failures: {failed}, stale entries: {stale}", details)
     if void:
@@ -83,7 +89,7 @@ def judge(records: Sequence[Record], canary: Canary | None) -> Verdict:
 def gate(run: Run, baseline: Baseline) -> Verdict:
     """The verdict on a complete run under a baseline, whatever baseline it was run with."""
     records = [baselines.apply(record, baseline) for record in run.records]
-    verdict = judge(records, run.footer.canary)
+    verdict = judge(records, run.footer.canary, run.footer.null)
     idle = sorted(baseline.keys() - {record.key for record in records})
     notes = (Detail("not run", key, "is in the baseline, but not in the run") for key in idle)
     return replace(verdict, details=(*verdict.details, *notes))

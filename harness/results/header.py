@@ -22,7 +22,7 @@ def header(
 
     return Header(
         harness=harness.__version__,
-        versions={"python": platform.python_version()} | {name: _version(name) for name in LIBRARIES},
+        versions=versions(),
         machine=machine(),
         started=now(),
         seed=seed,
@@ -32,7 +32,13 @@ def header(
     )
 
 
-def _version(distribution: str) -> str | None:
+def versions() -> dict[str, str | None]:
+    """Of Python and the libraries that decide numbers; None where one is not installed."""
+    return {"python": platform.python_version()} | {name: installed(name) for name in LIBRARIES}
+
+
+def installed(distribution: str) -> str | None:
+    """The version of a distribution, or None where it is absent."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

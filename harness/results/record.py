@@ -70,8 +70,12 @@ class Record(Line):
     """Where in the router's stage trace it broke, when that is known."""
     input_digest: Digest | None = None
     """sha256 of what was drawn as input; None if nothing was."""
+    crashed: bool = False
+    """It failed by an exception, a malformed answer or by taking too long: not by a counterexample."""
     facts: dict[str, Any] = {}
     duration_s: Seconds
+    implementation_s: Seconds | None = None
+    """Of it, what passed inside of calls of the implementation: the rest is the harness's. None: unknown."""
     telemetry: dict[str, Any] = {}
 
     @property
@@ -98,6 +102,35 @@ class Canary(Line):
     """Its counterexample; or why it was not caught."""
 
 
+class OnNull(Line):
+    """How one property ended on the implementation that computes nothing: no result of the run."""
+
+    slug: str
+    outcome: Literal["passed", "failed", "crashed", "unsupported", "void"]
+    reason: str
+    harness_s: Seconds
+    """Processor time outside of the implementation; what ends early here takes longer elsewhere."""
+
+
+class Null(Line):
+    """What the null implementation shows: what a constant satisfies, and what the harness takes."""
+
+    measured: tuple[OnNull, ...]
+    left: tuple[str, ...] = ()
+    """Properties that its budget of time did not reach."""
+
+    @property
+    def passed(self) -> tuple[str, ...]:
+        """The properties that a constant satisfies."""
+        return tuple(one.slug for one in self.measured if one.outcome == "passed")
+
+    @property
+    def vacuous(self) -> bool:
+        """Whether it passed something, and nothing that it was put under told it from a right answer."""
+        told = any(one.outcome in ("failed", "void") for one in self.measured)
+        return bool(self.passed) and not told
+
+
 class Footer(Line):
     """The last line: without it the run did not end, and is not a result."""
 
@@ -107,6 +140,8 @@ class Footer(Line):
     counts: dict[Outcome, int]
     canary: Canary | None
     """None if no canary ran, for instance because nothing else did."""
+    null: Null | Literal["off"] | None = None
+    """off: by --no-null. None: it did not run, as in the files of earlier versions."""
 
 
 def count(records: Sequence[Record]) -> dict[Outcome, int]:

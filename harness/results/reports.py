@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from harness.results import baseline as baselines
+from harness.results import failures
 from harness.results.baseline import Baseline
-from harness.results.record import Canary, Record, jsonable
+from harness.results.record import Canary, Null, OnNull, Record, jsonable
 
 if TYPE_CHECKING:
     from harness.conformance.case import Case
+    from harness.conformance.overhead import Measured
     from harness.conformance.property import Property
     from harness.conformance.subjects import Subject
 
-RECORD, CANARY = "harness_record", "harness_canary"
+RECORD, CANARY, NULL = "harness_record", "harness_canary", "harness_null"
 """Attributes of a report, JSON text; pytest-xdist carries them to the controlling process."""
 NOTHING = hashlib.sha256().hexdigest()
 """The digest of a case that drew no input."""
@@ -58,9 +62,11 @@ def ended(
             "outcome": ending.outcome,
             "reason": ending.reason,
             "stage": ending.stage,
+            "crashed": ending.crashed,
             "input_digest": case.digest if case is not None and case.digest != NOTHING else None,
             "facts": jsonable(facts),
             "duration_s": duration_s,
+            "implementation_s": min(case.clock.seconds, duration_s) if case is not None else None,
             "telemetry": jsonable(telemetry),
         }
     )
@@ -110,11 +116,20 @@ def attach_canary(report: pytest.TestReport, *, caught: bool, reason: str) -> No
     report.longrepr = None if caught else f"The canary was not caught: {reason}"
 
 
+def attach_null(report: pytest.TestReport, measured: Sequence[Measured], left: Sequence[str]) -> None:
+    """Make the null implementation's report carry how it did; it fails where the run is vacuous."""
+    null = Null(measured=tuple(OnNull(**asdict(one)) for one in measured), left=tuple(left))
+    setattr(report, NULL, null.model_dump_json())
+    report.outcome = "failed" if null.vacuous else "passed"
+    what = "A constant satisfies every property of this run:"
+    report.longrepr = f"{what} {', '.join(null.passed)}" if null.vacuous else None
+
+
 def died(plan: str) -> Record:
     """The record of a planned property whose process died while it ran."""
     record = Record.model_validate_json(plan)
     reason = "crashed: the process died while it ran this property"
-    return record.model_copy(update={"outcome": "failed", "reason": reason})
+    return record.model_copy(update={"outcome": "failed", "reason": reason, "crashed": True})
 
 
 def record_of(report: pytest.TestReport) -> Record | None:
@@ -129,11 +144,19 @@ def canary_of(report: pytest.TestReport) -> Canary | None:
     return None if text is None else Canary.model_validate_json(text)
 
 
+def null_of(report: pytest.TestReport) -> Null | None:
+    """What the null implementation showed, where a report carries that."""
+    text = getattr(report, NULL, None)
+    return None if text is None else Null.model_validate_json(text)
+
+
 def status(report: pytest.TestReport) -> tuple[str, str, str] | None:
-    """Category, letter and word of a report that carries a record or the canary."""
-    record, canary = record_of(report), canary_of(report)
+    """Category, letter and word of a report that carries a record, the canary or the null implementation."""
+    record, canary, null = record_of(report), canary_of(report), null_of(report)
     if canary is not None:
         return ("canary caught", "c", "CAUGHT") if canary.caught else ("failed", "C", "NOT CAUGHT")
+    if null is not None:
+        return ("failed", "N", "VACUOUS") if null.vacuous else ("null measured", "n", "MEASURED")
     if record is None:
         return None
     # a stale entry is listed among the failures, where it is looked for
@@ -143,8 +166,9 @@ def status(report: pytest.TestReport) -> tuple[str, str, str] | None:
 
 def _paragraph(record: Record) -> str:
     where = f" at the stage {record.stage}" if record.stage else ""
-    return (
+    title = (
         f"{record.implementation} on {record.spec} breaks {record.slug}{where}"
         if record.outcome == "failed"
         else f"{record.slug} of {record.implementation} on {record.spec}"
-    ) + f":\n{record.reason}\nchecks {record.clause} ({record.level}), seed {record.seed}"
+    )
+    return f"{title}:\n{failures.paragraph(record)}"

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
-from harness.results.record import SCHEMA_VERSION, Canary, Footer, Header, Key, Line, Record, count
+from harness.results.record import SCHEMA_VERSION, Canary, Footer, Header, Key, Line, Null, Record, count
 
 AnyLine = TypeVar("AnyLine", bound=Line)
 
@@ -50,9 +50,14 @@ class RunWriter:
         """Append one property's record."""
         self._write(record)
 
-    def finish(self, records: Sequence[Record], canary: Canary | None) -> None:
+    def finish(
+        self,
+        records: Sequence[Record],
+        canary: Canary | None,
+        null: Null | Literal["off"] | None = None,
+    ) -> None:
         """End the run: from now on the file is a result."""
-        self._write(Footer(finished=now(), counts=count(records), canary=canary))
+        self._write(Footer(finished=now(), counts=count(records), canary=canary, null=null))
         self.close()
 
     def close(self) -> None:
@@ -123,7 +128,11 @@ def combine(runs: Sequence[Run]) -> Run:
         header,
         records,
         first.footer.model_copy(
-            update={"counts": count(records), "canary": _worst(run.footer.canary for run in runs)}
+            update={
+                "counts": count(records),
+                "canary": _worst(run.footer.canary for run in runs),
+                "null": _emptiest(run.footer.null for run in runs),
+            }
         ),
     )
 
@@ -131,6 +140,13 @@ def combine(runs: Sequence[Run]) -> Run:
 def _worst(canaries: Iterable[Canary | None]) -> Canary | None:
     seen = list(canaries)
     return next((c for c in seen if c is None or not c.caught), seen[0])
+
+
+def _emptiest(nulls: Iterable[Null | Literal["off"] | None]) -> Null | Literal["off"] | None:
+    """The one that voids its run, or the first that there is."""
+    seen = list(nulls)
+    ran = [null for null in seen if isinstance(null, Null)]
+    return next((null for null in ran if null.vacuous), ran[0] if ran else seen[0])
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -7,17 +7,25 @@ from collections.abc import Sequence
 from harness._resources import in_wheel, suites_dir
 
 WHEEL = ["--pyargs", "harness.suites"]
-ARCHITECTURE = ("parameters", "compute", "routing", "attention")
+ARCHITECTURE = ("parameters", "compute", "routing", "attention", "training", "vision")
 """Parts of the suites that concern one pass of a model."""
 ENGINES = ("decoding", "serving")
 """Parts that concern what is generated."""
 
 
-def run(arguments: Sequence[str], parts: Sequence[str] = ()) -> int:
-    """pytest's exit code on some parts of the conformance suites, or on all, with `arguments` of pytest."""
+def run(arguments: Sequence[str], parts: Sequence[str] = (), plugins: Sequence[object] = ()) -> int:
+    """pytest's exit code on some parts of the conformance suites, or on all, with `arguments` of pytest.
+
+    `plugins` are objects with hooks of pytest, for this run.
+    """
     import pytest
 
-    return int(pytest.main([*arguments, *targets(parts)]))
+    return int(pytest.main([*arguments, *targets(parts)], plugins=list(plugins)))
+
+
+def exists(part: str) -> bool:
+    """Whether the suites have such a part."""
+    return (suites_dir() / part).is_dir()
 
 
 def targets(parts: Sequence[str] = ()) -> list[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
+from typing import Literal
 
 from harness.results.compare import Comparison
 from harness.results.gate import Verdict
-from harness.results.record import OUTCOMES, Record, count
+from harness.results.record import OUTCOMES, Null, Record, count
 from harness.results.runfile import Run
 from harness.theory.describe import Table
 
@@ -57,6 +59,31 @@ def matrix(records: Sequence[Record]) -> Table:
 def counts(records: Sequence[Record]) -> str:
     """One line: how many properties ended in each outcome that occurred."""
     return ", ".join(f"{n} {outcome}" for outcome, n in count(records).items() if n) or "nothing was run"
+
+
+def overhead(records: Sequence[Record], null: Null | Literal["off"] | None) -> tuple[str, ...]:
+    """What the harness itself takes: on an implementation that computes nothing, and in this run."""
+    told: list[str] = []
+    if null == "off":
+        told.append("null implementation: off (--no-null)")
+    elif null is not None and null.measured:
+        slowest = max(null.measured, key=lambda one: one.harness_s)
+        times = [one.harness_s for one in null.measured]
+        total = f"total {sum(times):.1f} s for {len(times)} properties"
+        rest = f"; {len(null.left)} more were not measured, its budget being spent" if null.left else ""
+        told.append(
+            "harness overhead per property, measured on the null implementation (processor time): median "
+            f"{median(times):.3f} s, most {slowest.harness_s:.3f} s ({slowest.slug}), {total}{rest}"
+        )
+        told.append(f"of these properties a constant satisfies {len(null.passed)}; the run file names them")
+    timed = [r for r in records if r.implementation_s is not None]
+    if whole := sum(r.duration_s for r in timed):
+        own = whole - sum(r.implementation_s or 0.0 for r in timed)
+        told.append(
+            f"time of this run's properties outside of the implementations: {own:.1f} s of {whole:.1f} s "
+            f"({own / whole:.0%})"
+        )
+    return tuple(told)
 
 
 def left_out(records: Sequence[Record]) -> tuple[str, ...]:

@@ -174,6 +174,9 @@ class Router(Model):
     """None: dropless. Else an expert keeps ceil(tokens * top_k / n_experts * factor) tokens."""
     drop_policy: Literal["position", "probability"] = "position"
     """Who stays when an expert overflows: the earliest tokens, or those of highest weight."""
+    jitter: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
+    """In training the router's input, and nothing else, is multiplied elementwise by numbers drawn uniformly
+    from [1 - jitter, 1 + jitter] (Switch, arXiv 2101.03961, section 2.2)."""
 
     @model_validator(mode="after")
     def _order_fits(self) -> Self:

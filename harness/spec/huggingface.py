@@ -187,7 +187,7 @@ def _built(family: Family, config: Mapping[str, Any]) -> Imported:
     return Imported(
         architecture,
         tuple(sorted(f.defaulted - unsaid - {"dtype"})),
-        tuple(f"{key} ({why})" for key, why in left_out.items() if f.given.get(key)),
+        tuple(f"{key} ({why})" for key, why in left_out.items() if f.given.get(key) and key not in f.read),
         _quantisation(config),
         f.value("dtype") is not None,
     )

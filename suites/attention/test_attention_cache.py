@@ -60,8 +60,10 @@ def splits(length: int) -> list[tuple[int, ...]]:
         "cache-keeps-too-little",
         "decode-sees-one-less",
         "cache-block-lost",
+        "chunk-forgets-the-past",
     ),
     applies=splittable,
+    costly=True,
 )
 def test_any_split_equals_one_pass(case: Case) -> None:
     """Prefill and decode in pieces of any sizes give the logits of one pass."""
@@ -89,6 +91,7 @@ def test_any_split_equals_one_pass(case: Case) -> None:
     needs=("forward", "cache"),
     kills=("positions-count-padding", "cache-forgets-padding", "padding-poisons"),
     applies=splittable,
+    costly=True,
 )
 def test_padding_before_a_cache_is_irrelevant(case: Case) -> None:
     """Sequences padded on the left, prefilled and then decoded, give what each gives alone in one pass."""

@@ -14,6 +14,8 @@ import torch
 from harness.conformance import Case, Void, conformance, require
 from harness.conformance.capture import scaled, variants
 from harness.conformance.comparison import agree, finite, margin, note_share, ragged
+from harness.conformance.conventions import Seen, explained
+from harness.conformance.conventions.models import Pass, find_model
 from harness.conformance.gradients import check_gradients
 from harness.evidence.flops import FlopCounter
 from harness.implementations.protocols import Unsupported
@@ -68,7 +70,10 @@ def test_logits_equal_reference(case: Case) -> None:
     with torch.no_grad():
         logits = model.forward(batch.tokens, mask=batch.mask)
     finite(logits, "logits at real tokens", where=batch.mask)
-    used = agree(logits, bound.logits, bound.radius, what="logits", where=compared)
+    seen = Seen[Pass]()
+    with explained(seen, find_model(case)):
+        seen.add(Pass(architecture, weights, batch.tokens, logits, bound, batch.mask))
+        used = agree(logits, bound.logits, bound.radius, what="logits", where=compared)
     case.note("share_of_tolerance", round(used, 4))
     require(logits.shape[-1] == architecture.vocab_size, "logits are not over the vocabulary")
 
@@ -91,15 +96,23 @@ def test_faint_input_equals_reference(case: Case) -> None:
     note_share(case, bound.comparable)
     with torch.no_grad():
         logits = model.forward(tokens)
-    agree(logits, bound.logits, bound.radius, what="logits", where=bound.comparable)
+    seen = Seen[Pass]()
+    with explained(seen, find_model(case)):
+        seen.add(Pass(case.shape, weights, tokens, logits, bound))
+        agree(logits, bound.logits, bound.radius, what="logits", where=bound.comparable)
 
 
 @conformance(
     "compute.dense-gradients-equal-reference",
     clause="architecture",
     needs=("forward", "weights", "gradients"),
-    kills=("tied-gradient-halved", "norm-gradient-lost"),
+    kills=(
+        "tied-gradient-halved",
+        "norm-gradient-lost",
+        "tied-gradient-doubled",
+    ),
     applies=lambda architecture: architecture is not None and architecture.moe is None,
+    costly=True,
 )
 def test_dense_gradients_equal_reference(case: Case) -> None:
     """Without experts, the gradient of the language-model loss in every weight is that of the reference."""
@@ -123,34 +136,39 @@ def test_dense_gradients_equal_reference(case: Case) -> None:
     applies=lambda architecture: (
         dropless(architecture) and architecture is not None and architecture.moe is not None
     ),
+    costly=True,
 )
 def test_variants_equal_reference(case: Case) -> None:
     """So are those of its neighbours: other K, square experts, a gated shared expert, scaled weights."""
     batch = ragged(case)
     passed_over, tokens_compared = [], 0
-    for variant in list(variants(case)):
-        try:
-            model = case.model(variant.architecture, variant.weights)
-        except Unsupported:
-            passed_over.append(variant.label)
-            continue
-        bound = margin(
-            case,
-            model,
-            batch.tokens,
-            mask=batch.mask,
-            architecture=variant.architecture,
-            weights=variant.weights,
-        )
-        assert bound.logits is not None
-        compared = bound.comparable & batch.mask
-        if not compared.any():
-            passed_over.append(f"{variant.label}: no token is comparable")
-            continue
-        tokens_compared += int(compared.sum())
-        with torch.no_grad():
-            logits = model.forward(batch.tokens, mask=batch.mask)
-        agree(logits, bound.logits, bound.radius, what=f"{variant.label}: logits", where=compared)
+    seen = Seen[Pass]()
+    with explained(seen, find_model(case)):
+        for variant in list(variants(case)):
+            try:
+                model = case.model(variant.architecture, variant.weights)
+            except Unsupported:
+                passed_over.append(variant.label)
+                continue
+            bound = margin(
+                case,
+                model,
+                batch.tokens,
+                mask=batch.mask,
+                architecture=variant.architecture,
+                weights=variant.weights,
+            )
+            assert bound.logits is not None
+            compared = bound.comparable & batch.mask
+            if not compared.any():
+                passed_over.append(f"{variant.label}: no token is comparable")
+                continue
+            tokens_compared += int(compared.sum())
+            with torch.no_grad():
+                logits = model.forward(batch.tokens, mask=batch.mask)
+            held = variant.weights
+            seen.add(Pass(variant.architecture, held, batch.tokens, logits, bound, batch.mask))
+            agree(logits, bound.logits, bound.radius, what=f"{variant.label}: logits", where=compared)
     case.note("tokens_compared", tokens_compared)
     if not tokens_compared:
         raise Void("no variant could be compared: " + "; ".join(passed_over))
@@ -173,6 +191,7 @@ def counted_flops(call: Callable[[], object]) -> int:
     needs=("forward",),
     kills=("computes-every-expert", "shared-expert-dropped", "top-k-constant", "unembeds-twice"),
     applies=dropless,
+    costly=True,
 )
 def test_forward_flops_equal_theory(case: Case) -> None:
     """A forward pass multiplies as much as theory says, to the FLOP, for K = 1, 2, 3."""
@@ -187,7 +206,9 @@ def test_forward_flops_equal_theory(case: Case) -> None:
         label = "dense" if top_k is None else f"top {top_k}"
         case.note(f"flops_{label.replace(' ', '_')}", counted)
         require(
-            counted == expected, f"{label}: {counted} FLOP in place of {expected} ({counted - expected:+d})"
+            counted == expected,
+            f"{label}: {counted} FLOP in place of {expected} ({counted - expected:+d})",
+            stage="compute",
         )
 
 
@@ -208,7 +229,11 @@ def test_decode_flops_equal_theory(case: Case) -> None:
     counted = counted_flops(partial(model.extend, last, cache))
     expected = flops.forward_total(case.shape, batch, 1, cached=past)
     case.note("flops", counted)
-    require(counted == expected, f"{counted} FLOP in place of {expected} ({counted - expected:+d})")
+    require(
+        counted == expected,
+        f"{counted} FLOP in place of {expected} ({counted - expected:+d})",
+        stage="compute",
+    )
 
 
 @conformance(

@@ -14,6 +14,8 @@ from torch import Tensor
 from harness.conformance import Case, conformance, require
 from harness.conformance.capture import scaled
 from harness.conformance.comparison import agree, finite, margin, note_share, ragged
+from harness.conformance.conventions import Seen, explained
+from harness.conformance.conventions.models import Pass, find_model
 from harness.spec.architecture import Architecture
 
 
@@ -38,7 +40,10 @@ def check_logits(
     with torch.no_grad():
         logits = model.forward(tokens)
     finite(logits, what)
-    agree(logits, bound.logits, bound.radius, what=what, where=bound.comparable)
+    seen = Seen[Pass]()
+    with explained(seen, find_model(case)):
+        seen.add(Pass(architecture, weights, tokens, logits, bound))
+        agree(logits, bound.logits, bound.radius, what=what, where=bound.comparable)
 
 
 @conformance(
@@ -47,6 +52,7 @@ def check_logits(
     needs=("forward", "weights"),
     kills=("rows-beyond-a-block-lost", "token-0-is-padding", "last-token-id-unknown", "sees-few-tokens"),
     applies=has_architecture,
+    costly=True,
 )
 def test_many_tokens_equal_reference(case: Case) -> None:
     """The logits of 630 tokens, among them every id of the vocabulary, are those of the reference."""
@@ -64,6 +70,7 @@ def test_many_tokens_equal_reference(case: Case) -> None:
     needs=("forward", "weights"),
     kills=("layers-in-string-order",),
     applies=has_architecture,
+    costly=True,
 )
 def test_many_layers_equal_reference(case: Case) -> None:
     """The logits of a model of 12 layers, numbered with one digit and two, are those of the reference."""
@@ -110,6 +117,7 @@ FAINT_PROJECTIONS = (".q.weight", ".k.weight", ".q.bias", ".k.bias", ".q_a.weigh
     needs=("forward", "weights"),
     kills=("final-norm-eps-default", "qk-norm-eps-default", "latent-norm-eps-default"),
     applies=has_architecture,
+    costly=True,
 )
 def test_every_norm_has_its_epsilon(case: Case) -> None:
     """Where what any norm reads is so faint that its epsilon decides, logits are those of the reference."""
@@ -147,6 +155,7 @@ def test_large_logits_equal_reference(case: Case) -> None:
     needs=("forward",),
     kills=("mask-kept-by-shape", "history-in-rope", "reseeds-the-global-generator"),
     applies=dropless,
+    costly=True,
 )
 def test_earlier_calls_do_not_matter(case: Case) -> None:
     """After calls of the same shape and of others a call gives what it gives in a fresh model."""

@@ -25,6 +25,7 @@ from harness.theory.speculation import standing_probabilities
     clause="engine.Completion.rounds",
     needs=("generate", "enumerable", "speculate", "weights"),
     kills=("drafts-keep-what-was-rejected", "drafts-forget-the-last-accepted-token", "rounds-count-tokens"),
+    costly=True,
 )
 def test_rounds(case: Case) -> None:
     """Tokens and the number of rounds that they took have the joint law that draft and target determine."""
@@ -45,6 +46,7 @@ def test_rounds(case: Case) -> None:
     clause="engine.Completion.accepted",
     needs=("generate", "enumerable", "speculate", "weights"),
     kills=("acceptance-ignores-the-draft", "every-draft-stands"),
+    costly=True,
 )
 def test_closed_form(case: Case) -> None:
     """All g drafts of a round stand with the probability that the closed form gives."""
@@ -92,6 +94,7 @@ def permuted(case: Case, vocabulary: tuple[int, ...]) -> dict[str, Tensor]:
         "early-exit-skips-the-final-norm",
     ),
     applies=independent,
+    costly=True,
 )
 def test_all_stand(case: Case) -> None:
     """Where the draft is the target itself, in whatever guise, every draft stands, greedy or sampled."""
@@ -140,6 +143,7 @@ def running(answer: Completion) -> None:
     needs=("generate", "speculate"),
     kills=("speculation-is-silently-off", "rounds-count-tokens"),
     applies=independent,
+    costly=True,
 )
 def test_saves_passes(case: Case) -> None:
     """Where the next token is all but certain, drafts are made, stand, and save passes of the target."""
@@ -221,6 +225,7 @@ def ending(case: Case, model: Any) -> list[Request]:
     needs=("generate", "speculate"),
     kills=("drafts-after-the-end-count-as-accepted", "rounds-count-tokens"),
     applies=independent,
+    costly=True,
 )
 def test_counters(case: Case) -> None:
     """Each round decides its accepted drafts and one token more, and nothing is counted beyond the end."""
@@ -262,6 +267,7 @@ def consistent(name: str, request: Request, answer: Completion, length: int) -> 
     needs=("generate", "speculate"),
     kills=("rounds-without-drafts-fail", "drafted-counts-what-was-asked"),
     applies=independent,
+    costly=True,
 )
 def test_long_windows(case: Case) -> None:
     """Drafts longer than the completion, and rounds without any, change neither tokens nor end."""

@@ -54,6 +54,7 @@ def apart(bets: TwoSamples) -> str:
     needs=("generate", "speculate"),
     kills=("every-draft-stands",),
     applies=independent,
+    costly=True,
 )
 def test_black_box_law(case: Case) -> None:
     """Sampled completions with speculation have the law of those without: an e-process at alpha = 1e-9."""

@@ -67,6 +67,7 @@ DISTURBING = (
     needs=("generate", "speculate"),
     kills=("drafts-are-pruned-in-place",),
     applies=independent,
+    costly=True,
 )
 def test_speculation_again(case: Case) -> None:
     """After all other methods, each drafts and accepts as at first, and plain decoding is what it was."""
@@ -96,6 +97,7 @@ def test_speculation_again(case: Case) -> None:
     needs=("generate",),
     kills=("biases-stay-after-a-bad-request", "errors-look-like-empty-answers"),
     applies=independent,
+    costly=True,
 )
 def test_after_a_fault(case: Case) -> None:
     """After a call with a request that cannot be served, the next call is as before."""
@@ -161,6 +163,7 @@ def mixed(case: Case, model: Any) -> list[Request]:
         "filters-are-those-of-the-widest",
     ),
     applies=independent,
+    costly=True,
 )
 def test_isolation(case: Case) -> None:
     """Requests with different settings in one batch give what each gives alone, drafted or not."""
@@ -192,6 +195,7 @@ def test_isolation(case: Case) -> None:
     needs=("generate",),
     kills=("seeds-are-forgotten", "seeds-depend-on-the-order"),
     applies=independent,
+    costly=True,
 )
 def test_seeds(case: Case) -> None:
     """The same seed gives the same tokens in a second call and at another place of a batch."""
@@ -216,6 +220,7 @@ def test_seeds(case: Case) -> None:
     needs=("generate",),
     kills=("unseeded-requests-start-alike",),
     applies=independent,
+    costly=True,
 )
 def test_independence(case: Case) -> None:
     """Different seeds, and requests without a seed in one batch or in two calls, give different tokens."""

@@ -30,6 +30,7 @@ SOURCES = ("multinomial", "rand", "rand_like")
     needs=("generate", "enumerable", "weights"),
     kills=("rows-share-their-uniforms", "repetition-counts-the-padding"),
     applies=independent,
+    costly=True,
 )
 def test_neighbours(case: Case) -> None:
     """The joint law of two requests of different lengths and settings is the product of both their laws."""
@@ -85,6 +86,7 @@ def drawn_from(states: list[bytes]) -> Iterator[None]:
     needs=("generate", "enumerable"),
     kills=("drafts-draw-from-a-copy", "seeded-requests-start-anew-each-round"),
     applies=independent,
+    costly=True,
 )
 def test_fresh(case: Case) -> None:
     """No two draws of requests without a seed, or of one with a seed, start from one state of a generator."""

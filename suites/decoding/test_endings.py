@@ -100,6 +100,7 @@ def free(case: Case, model: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
         "stop-sequences-must-lie-in-one-round",
     ),
     applies=independent,
+    costly=True,
 )
 def test_ends(case: Case) -> None:
     """An end token, a stop sequence or the length ends the completion at its first place, and is named."""
@@ -119,6 +120,7 @@ def test_ends(case: Case) -> None:
         "stop-sequences-fail-with-drafts",
     ),
     applies=independent,
+    costly=True,
 )
 def test_ends_within_rounds(case: Case) -> None:
     """Wherever in a round of drafts the end lies, the completion ends there."""
@@ -136,6 +138,7 @@ def test_ends_within_rounds(case: Case) -> None:
     needs=("generate",),
     kills=("least-length-is-one-less", "least-length-overlooks-drafts", "least-length-counts-the-prompt"),
     applies=independent,
+    costly=True,
 )
 def test_min_tokens(case: Case) -> None:
     """Before min_tokens no end token comes, and from then on it does; drafted or not."""

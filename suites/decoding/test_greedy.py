@@ -26,6 +26,7 @@ ENDS = (14, 10, 6, 12, 1, 9, 2, 8)
         "a-rejection-empties-the-cache",
     ),
     applies=independent,
+    costly=True,
 )
 def test_speculation(case: Case) -> None:
     """With greedy decoding every method of speculation gives the tokens that come without."""
@@ -110,6 +111,7 @@ def test_hair(case: Case) -> None:
         "padding-of-a-batch-is-attended",
     ),
     applies=independent,
+    costly=True,
 )
 def test_batch(case: Case) -> None:
     """Prompts of uneven lengths decoded as one batch give what each gives alone, log probabilities too."""
@@ -129,6 +131,7 @@ def test_batch(case: Case) -> None:
     needs=("generate", "speculate"),
     kills=("drafts-shrink-in-company", "rows-are-taken-to-be-equally-long"),
     applies=independent,
+    costly=True,
 )
 def test_uneven_acceptance(case: Case) -> None:
     """In a batch in which some drafts stand and others do not, each request gives what it gives alone."""
@@ -157,6 +160,7 @@ def test_uneven_acceptance(case: Case) -> None:
     needs=("generate", "forward", "weights"),
     kills=("keys-of-a-rejected-draft-stay",),
     applies=independent,
+    costly=True,
 )
 def test_long(case: Case) -> None:
     """Every token of a completion that fills the context is the best of one pass over all before it."""

@@ -94,6 +94,7 @@ def judge_all(t: Trial, requests: dict[str, Request], speculation: Speculation |
         "repetition-comes-after-presence",
         "a-broken-match-is-not-begun-anew",
     ),
+    costly=True,
 )
 def test_plain_sampling(case: Case) -> None:
     """Without speculation, completions have the law that logits and settings prescribe."""
@@ -110,6 +111,7 @@ def test_plain_sampling(case: Case) -> None:
         "grammar-forbids-by-a-finite-number",
         "grammar-begins-anew-at-its-end",
     ),
+    costly=True,
 )
 def test_grammar(case: Case) -> None:
     """Under a grammar, completions have the law of the allowed tokens, with speculation and without."""
@@ -138,6 +140,7 @@ def test_grammar(case: Case) -> None:
         "one-rejected-draft-stands",
         "drafts-report-the-law-of-the-place-before",
     ),
+    costly=True,
 )
 def test_joint_law(case: Case) -> None:
     """With two drafts per round, four tokens have the joint law of the target."""
@@ -169,6 +172,7 @@ def test_joint_law(case: Case) -> None:
         "speculation-never-samples",
         "bonus-is-greedy",
     ),
+    costly=True,
 )
 def test_speculation(case: Case) -> None:
     """With one draft per round and four tokens to choose from, completions have the law of the target."""
@@ -182,6 +186,7 @@ def test_speculation(case: Case) -> None:
     clause="decoding.speculation",
     needs=("generate", "enumerable", "speculate", "weights"),
     kills=("drafts-report-raw-laws", "drafts-have-no-temperature", "best-of-two-matches"),
+    costly=True,
 )
 def test_truncated(case: Case) -> None:
     """Temperature, top_k, top_p and min_p mean the same with a draft model as without."""
@@ -195,6 +200,7 @@ def test_truncated(case: Case) -> None:
     clause="decoding.speculation",
     needs=("generate", "enumerable", "speculate", "weights"),
     kills=("repetition-overlooks-drafts", "presence-overlooks-drafts"),
+    costly=True,
 )
 def test_penalised(case: Case) -> None:
     """Penalties and biases mean the same with a draft model as without: they see the drafts too."""
@@ -208,6 +214,7 @@ def test_penalised(case: Case) -> None:
     clause="decoding.speculation",
     needs=("generate", "enumerable", "speculate", "weights"),
     kills=("least-length-overlooks-drafts", "ends-within-a-round-are-overlooked"),
+    costly=True,
 )
 def test_ends(case: Case) -> None:
     """Completions end by the same law with a draft model as without, wherever in a round the end lies."""
@@ -222,7 +229,8 @@ def test_ends(case: Case) -> None:
     "decoding.early-exit-keeps-the-law",
     clause="decoding.speculation.method",
     needs=("generate", "enumerable", "speculate", "weights"),
-    kills=("drafts-are-greedy", "residual-is-the-target"),
+    kills=("drafts-are-greedy", "early-exits-draft-greedily", "residual-is-the-target"),
+    costly=True,
 )
 def test_early_exit(case: Case) -> None:
     """With the first layers of the target as draft, completions have the law of the target."""
@@ -236,6 +244,7 @@ def test_early_exit(case: Case) -> None:
     clause="decoding.speculation.method",
     needs=("generate", "enumerable", "speculate", "weights"),
     kills=("drafts-are-greedy", "drafts-report-the-law-of-the-place-before"),
+    costly=True,
 )
 def test_self_draft(case: Case) -> None:
     """With the target as its own draft, completions have its law."""
@@ -249,6 +258,7 @@ def test_self_draft(case: Case) -> None:
     clause="decoding.speculation.method",
     needs=("generate", "enumerable", "speculate", "weights"),
     kills=("residual-is-the-target", "every-draft-stands", "acceptance-is-relaxed"),
+    costly=True,
 )
 def test_prompt_lookup(case: Case) -> None:
     """With what followed earlier in the text as draft, completions have the law of the target."""
@@ -262,6 +272,7 @@ def test_prompt_lookup(case: Case) -> None:
     clause="decoding.speculation.method",
     needs=("generate", "enumerable", "speculate", "weights"),
     kills=("drafts-are-translated-after-their-law",),
+    costly=True,
 )
 def test_universal(case: Case) -> None:
     """With a draft whose token ids differ, and that lacks one, completions have the law of the target."""
@@ -281,6 +292,7 @@ def test_universal(case: Case) -> None:
     clause="decoding.speculation.method",
     needs=("generate", "enumerable", "speculate", "weights"),
     kills=("every-draft-stands",),
+    costly=True,
 )
 def test_staged(case: Case) -> None:
     """With a draft that is itself speculated, completions have the law of the target."""

@@ -69,6 +69,7 @@ def forced(
         "log-probabilities-are-told-of-the-end",
     ),
     applies=independent,
+    costly=True,
 )
 def test_one_pass(case: Case) -> None:
     """Log probabilities of tokens, greedy and sampled, are those of one pass over prompt and completion."""
@@ -114,6 +115,7 @@ def ended(requests: Sequence[Request], answers: Sequence[Completion]) -> list[Re
         "log-probabilities-come-from-the-draft",
     ),
     applies=independent,
+    costly=True,
 )
 def test_drafted(case: Case) -> None:
     """Under speculation log probabilities are the target's own, of tokens that were drafted too."""
@@ -133,6 +135,7 @@ def test_drafted(case: Case) -> None:
     needs=("generate", "speculate"),
     kills=("drafts-have-log-probability-0", "log-probabilities-are-shifted"),
     applies=independent,
+    costly=True,
 )
 def test_on_and_off(case: Case) -> None:
     """The same greedy tokens have the same log probabilities with speculation and without."""

@@ -107,6 +107,7 @@ def bet(case: Case, model: Any, how: str, speculation: Speculation | None, reque
     needs=("generate",),
     kills=("every-draft-stands", "speculation-never-samples", "temperature-is-ignored"),
     applies=independent,
+    costly=True,
 )
 def test_own_law(case: Case) -> None:
     """Sampled completions have the law of the engine's own log probabilities, drafted or not."""

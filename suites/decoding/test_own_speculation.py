@@ -24,6 +24,7 @@ SMALL = 4
     needs=("generate", "enumerable", "speculate"),
     kills=("acceptance-is-typical", "every-draft-stands", "bonus-comes-from-the-draft"),
     applies=independent,
+    costly=True,
 )
 def test_own_speculation(case: Case) -> None:
     """Completions with speculation have, exactly, the law that the engine gives them without."""

@@ -58,6 +58,7 @@ def first_token(t: Trial, limits: dict[str, Sampling], what: str) -> None:
         "min-p-1-leaves-nothing",
         "temperature-comes-last",
     ),
+    costly=True,
 )
 def test_limits(case: Case) -> None:
     """At the limits of every setting the first token has the law that the setting prescribes."""
@@ -84,6 +85,7 @@ UNEQUAL = tuple((token, math.log(p)) for token, p in enumerate((0.5, 0.3, 0.12, 
         "low-temperatures-are-greedy",
         "min-p-comes-before-top-p",
     ),
+    costly=True,
 )
 def test_equal(case: Case) -> None:
     """Of equal logits top_k keeps all that equal the k-th, top_p what reaches it, a low temperature all."""
@@ -221,6 +223,7 @@ EFFECTS: dict[str, tuple[tuple[str, ...], Effect]] = {
     clause="engine.Sampling",
     needs=("generate",),
     kills=("temperature-is-ignored", "min-p-is-ignored", "biases-are-ignored", "stop-sequences-are-ignored"),
+    costly=True,
 )
 def test_effects(case: Case) -> None:
     """Every setting that the engine says it honours has its effect."""

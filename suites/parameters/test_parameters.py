@@ -31,7 +31,7 @@ def test_full_size_equals_theory(case: Case) -> None:
     """At full size, on the meta device, there are as many parameters as theory says, to the parameter."""
     full = case.full
     assert full is not None
-    model: Any = case.implementation.build(full, device="meta", dtype=torch.bfloat16, seed=case.seed)
+    model: Any = case.build(full, device="meta", dtype=torch.bfloat16)
     tensors = model.parameters()
     count = sum(tensor.numel() for tensor in tensors.values())
     expected = parameters.total(full) + sum(parameters.buffers(full).values())
@@ -112,6 +112,7 @@ def _refuses(model: object, weights: dict[str, Tensor], what: str) -> None:
     needs=("weights", "parameters"),
     kills=("experts-not-loaded", "loads-in-bfloat16"),
     applies=has_architecture,
+    costly=True,
 )
 def test_loading_keeps_every_value(case: Case) -> None:
     """After loading, the parameters hold exactly the values that were loaded, whatever their layout."""
@@ -148,6 +149,7 @@ def _sorted_values(tensors: object) -> Tensor:
         "qk-norm-dropped",
     ),
     applies=has_architecture,
+    costly=True,
 )
 def test_every_weight_is_used(case: Case) -> None:
     """Another value of any tensor changes the logits wherever it changes those of the reference."""

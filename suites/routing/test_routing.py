@@ -19,7 +19,9 @@ from harness.conformance.capture import (
     moe_of,
     traces,
 )
-from harness.conformance.comparison import ragged, same_experts
+from harness.conformance.comparison import Clearance, ragged, same_experts
+from harness.conformance.conventions import Seen, explained
+from harness.conformance.conventions.selecting import find_selection_of_input
 from harness.implementations.protocols import Routing
 from harness.spec.architecture import Architecture
 
@@ -32,11 +34,15 @@ def check_distinct(trace: Routing, real: Tensor, n_experts: int | None, *, dropl
         kept = [expert for expert in row if expert >= 0]
         if len(set(kept)) != len(kept):
             raise Violation(
-                f"layer {trace.layer}: token {token} goes to experts {row}, not all different", stage="select"
+                f"layer {trace.layer}: token {token} goes to experts {row}, not all different",
+                stage="select",
+                facts={"index": [trace.layer, token], "observed": row},
             )
         if min(row) < lowest or (n_experts is not None and max(row) >= n_experts):
             raise Violation(
-                f"layer {trace.layer}: token {token} goes to experts {row} of {n_experts}", stage="select"
+                f"layer {trace.layer}: token {token} goes to experts {row} of {n_experts}",
+                stage="select",
+                facts={"index": [trace.layer, token], "observed": row},
             )
 
 
@@ -118,13 +124,16 @@ def test_near_ties_need_the_router_dtype(case: Case) -> None:
         # 2^-10 of a logit is a quarter of what bfloat16 resolves, and 2^14 times what float32 does.
         variant = Variant("near ties", architecture, paired_rows(case, architecture, 2.0**-10))
         model = case.model(architecture, variant.weights)
-        for layer in captured(model, variant, batch):
-            judged = stages.logits(variant.weights, layer.trace.layer, layer.shown("hidden"), FLOAT32)
-            scores = stages.scores(layer.moe.router, judged.value, FLOAT32)
-            expected, gap = stages.select(layer.moe, layer.keys(scores.value, judged.value))
-            clear = layer.real & (gap > 2 * _key_bound(layer, judged, scores))
-            compared, total = compared + int(clear.sum()), total + int(layer.real.sum())
-            same_experts(layer.trace.indices, expected, what=layer.where, where=clear)
+        layers = Seen(captured(model, variant, batch))
+        with explained(layers, find_selection_of_input):
+            for layer in layers:
+                judged = stages.logits(variant.weights, layer.trace.layer, layer.shown("hidden"), FLOAT32)
+                scores = stages.scores(layer.moe.router, judged.value, FLOAT32)
+                expected, gap = stages.select(layer.moe, layer.keys(scores.value, judged.value))
+                by = Clearance(gap, 2 * _key_bound(layer, judged, scores))
+                clear = layer.real & (gap > by.bound)
+                compared, total = compared + int(clear.sum()), total + int(layer.real.sum())
+                same_experts(layer.trace.indices, expected, what=layer.where, where=clear, clearance=by)
     case.note("comparable_share", round(compared / total, 4))
 
 
@@ -142,6 +151,7 @@ def _key_bound(layer: Captured, logits: stages.Judged, scores: stages.Judged) ->
     needs=("routing", "weights"),
     kills=("ties-at-random", "ties-select-one"),
     applies=has_experts,
+    costly=True,
 )
 def test_ties_are_broken_once(case: Case) -> None:
     """With duplicated router rows a token still has K different experts, all among the best, on every run."""

@@ -36,8 +36,14 @@ def forward(model: Any, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
     "routing.token-order-is-irrelevant",
     clause="architecture.moe",
     needs=("forward", "routing"),
-    kills=("rows-right-for-one-sequence", "token-order-matters", "single-token-not-normalised"),
+    kills=(
+        "rows-right-for-one-sequence",
+        "token-order-matters",
+        "single-token-not-normalised",
+        "places-kept-without-drops",
+    ),
     applies=dropless,
+    costly=True,
 )
 def test_token_order_is_irrelevant(case: Case) -> None:
     """T sequences of one token, reordered, give the same logits, reordered; and one alone gives its own."""
@@ -109,7 +115,11 @@ def test_padding_is_irrelevant(case: Case) -> None:
     "routing.idle-experts-are-harmless",
     clause="architecture.moe.n_experts",
     needs=("forward", "routing"),
-    kills=("idle-experts-answer", "idle-experts-poison"),
+    kills=(
+        "idle-experts-answer",
+        "idle-experts-poison",
+        "experts-numbered-among-the-busy",
+    ),
     applies=dropless,
 )
 def test_idle_experts_are_harmless(case: Case) -> None:
@@ -152,6 +162,7 @@ def poison() -> None:
         "losses-accumulate",
     ),
     applies=may_have_experts,
+    costly=True,
 )
 def test_calls_leave_no_trace(case: Case) -> None:
     """A call gives the same after other calls, and changes neither its arguments nor the weights."""
@@ -167,15 +178,16 @@ def test_calls_leave_no_trace(case: Case) -> None:
     forward(model, longer)
     traces(model, longer)
     again = forward(model, tokens, mask)
-    require(torch.equal(tokens, batch.tokens), "the tokens that were passed in have changed")
-    require(torch.equal(mask, batch.mask), "the mask that was passed in has changed")
+    require(torch.equal(tokens, batch.tokens), "the tokens that were passed in have changed", stage="state")
+    require(torch.equal(mask, batch.mask), "the mask that was passed in has changed", stage="state")
     for name, tensor in model.parameters().items():
-        require(torch.equal(tensor, weights[name]), f"{name} has changed in eval mode")
+        require(torch.equal(tensor, weights[name]), f"{name} has changed in eval mode", stage="state")
     agree(
         again,
         before,
         2 * bound.radius,
         what="logits of the same call again",
+        stage="state",
         where=bound.comparable & batch.mask,
     )
     for kind, value in _losses(model, batch.tokens, batch.mask).items():
@@ -185,6 +197,7 @@ def test_calls_leave_no_trace(case: Case) -> None:
             losses[kind],
             1e-4 * (1 + abs(float(losses[kind]))),
             what=f"{kind} loss of the same call again",
+            stage="state",
         )
 
 

@@ -6,7 +6,7 @@ Letters: B sequences, S tokens per sequence, T real tokens, N MoE layers, E expe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 from harness.conformance import Case, Void, balance, conformance, require
 from harness.conformance.capture import moe_of, scaled, traces
 from harness.conformance.comparison import Ragged, agree, longest_product, margin, ragged
+from harness.conformance.conventions import Seen, explained
+from harness.conformance.conventions.losses import Lost, find_loss
 from harness.evidence.margins import Rounding, Spread, monte_carlo, unit_roundoff
 from harness.implementations.protocols import Unsupported
 from harness.reference import ReferenceModel
@@ -89,44 +91,55 @@ def spread_of(case: Case, reference: ReferenceModel, batch: Ragged, kind: str) -
     return monte_carlo(reference, run, dtype=FLOAT32, generator=case.generator())
 
 
+def values(case: Case, kind: str, model: Any, batch: Ragged) -> Iterator[Lost]:
+    """The loss with padding, without, and under a capacity: the choice counts there, not what found a place
+    (arXiv 2101.03961, eq. 5)."""
+    reference = case.reference(case.shape, case.weights())
+    # Another number of sequences too, which nothing may depend on.
+    plain = Ragged(batch.tokens[:2, 4:9], torch.ones_like(batch.mask[:2, 4:9]))
+    yield lost(case, kind, model, reference, batch, "padded batch")
+    yield lost(case, kind, model, reference, plain, "unpadded batch")
+    if kind == "balance" and case.shape.auxiliary_loss.balance == "sequence":
+        # The mean is over sequences with a real token.
+        mask = batch.mask.clone()
+        mask[0] = False
+        yield lost(case, kind, model, reference, Ragged(batch.tokens, mask), "batch with an empty sequence")
+    architecture = case.twin(moe__router__capacity_factor=0.5)
+    weights = case.weights(architecture)
+    crowd = settled(case, model, weights, architecture)
+    try:
+        crowded = case.model(architecture, weights)
+    except Unsupported:
+        case.note("not_expressible", ["capacity"])
+        return
+    yield lost(case, kind, crowded, case.reference(architecture, weights), crowd, "batch under a capacity")
+
+
+def lost(case: Case, kind: str, model: Any, reference: ReferenceModel, batch: Ragged, label: str) -> Lost:
+    """One loss of the model under test, and what its formula gives."""
+    spread = spread_of(case, reference, batch, kind)["value"]
+    radius = float(spread.radius(inner=longest_product(reference.architecture)))
+    with torch.no_grad():
+        value = loss_of(model, kind, batch.tokens, None if batch.mask.all() else batch.mask)
+    return Lost(kind, label, reference, batch, {"value": value}, {"value": spread.centre}, {"value": radius})
+
+
 def check_value(case: Case, kind: str) -> None:
     """Raise Violation unless the loss is what its formula gives, with and without padding."""
     architecture, weights = case.shape, case.weights()
     model = case.model(weights=weights)
     batch = settled(case, model, weights)
-    reference = case.reference(architecture, weights)
-    inner = longest_product(architecture)
-    for label, part in (("padded", batch), ("unpadded", Ragged(batch.tokens[:, 4:9], batch.mask[:, 4:9]))):
-        spread = spread_of(case, reference, part, kind)["value"]
-        mask = part.mask if label == "padded" else None
-        with torch.no_grad():
-            value = loss_of(model, kind, part.tokens, mask)
-        used = agree(
-            value, spread.centre, float(spread.radius(inner=inner)), what=f"{kind} loss, {label} batch"
-        )
-        case.note(f"{label}_share_of_tolerance", round(used, 4))
-    _check_crowded(case, kind, model)
+    seen = Seen(values(case, kind, model, batch))
+    with explained(seen, find_loss):
+        for one in seen:
+            what = f"{kind} loss, {one.label}"
+            used = agree(
+                one.found["value"], one.expected["value"], one.radii["value"], what=what, stage="loss"
+            )
+            case.note(f"{one.label.split()[0]}_share_of_tolerance", round(used, 4))
     moe = moe_of(architecture)
     found = traces(model, batch.tokens, mask=batch.mask, architecture=architecture)
     case.note("load", balance.metrics([t.indices for t in found], moe.n_experts, batch.mask))
-
-
-def _check_crowded(case: Case, kind: str, roomy: Any) -> None:
-    """Raise Violation unless a capacity changes the loss only by what it drops in the layers before: the
-    choice counts, not what found a place (arXiv 2101.03961, eq. 5)."""
-    architecture = case.twin(moe__router__capacity_factor=0.5)
-    weights = case.weights(architecture)
-    batch = settled(case, roomy, weights, architecture)
-    try:
-        model = case.model(architecture, weights)
-    except Unsupported:
-        case.note("not_expressible", ["capacity"])
-        return
-    spread = spread_of(case, case.reference(architecture, weights), batch, kind)["value"]
-    with torch.no_grad():
-        value = loss_of(model, kind, batch.tokens, batch.mask)
-    radius = float(spread.radius(inner=longest_product(architecture)))
-    agree(value, spread.centre, radius, what=f"{kind} loss under a capacity")
 
 
 @conformance(
@@ -144,8 +157,11 @@ def _check_crowded(case: Case, kind: str, roomy: Any) -> None:
         "balance-grows-with-the-batch",
         "balance-first-choice-only",
         "balance-counts-what-is-kept",
+        "weights-written-over-scores",
+        "balance-counts-empty-sequences",
     ),
     applies=has_balance,
+    costly=True,
 )
 def test_balance_loss_follows_its_convention(case: Case) -> None:
     """The balance loss is what the named convention gives, padding left out."""
@@ -196,11 +212,13 @@ def test_balance_loss_is_bounded(case: Case) -> None:
                 expected,
                 1e-4 * uniform * score_sum,
                 what="balance loss of a silent router",
+                stage="loss",
             )
         elif moe.router.score == "softmax" or convention == "sequence":
             require(
                 0 < value <= most * (1 + 1e-4),
                 f"the balance loss of a {label} router is {value:.6g}, not in (0, {most:.6g}]",
+                stage="loss",
             )
 
 
@@ -227,8 +245,8 @@ def test_balance_loss_ignores_batch_size(case: Case) -> None:
         )
     # Half of the digits, as wherever the weights may be unknown: a defect moves the first ones.
     tolerance = math.sqrt(unit_roundoff(FLOAT32)) * float(once)
-    agree(twice, once, tolerance, what="balance loss of the batch twice over")
-    agree(padded, once, tolerance, what="balance loss with padding added")
+    agree(twice, once, tolerance, what="balance loss of the batch twice over", stage="loss")
+    agree(padded, once, tolerance, what="balance loss with padding added", stage="loss")
 
 
 def check_gradient(case: Case, kind: str) -> None:
@@ -237,14 +255,21 @@ def check_gradient(case: Case, kind: str) -> None:
     model = case.model(weights=weights)
     case.need(model, "gradients")
     batch = settled(case, model, weights)
-    expected = spread_of(case, case.reference(architecture, weights), batch, kind)
+    reference = case.reference(architecture, weights)
+    expected = spread_of(case, reference, batch, kind)
     value = loss_of(model, kind, batch.tokens, batch.mask)
-    require(value.requires_grad, f"the {kind} loss does not depend on the weights", stage="score")
+    require(value.requires_grad, f"the {kind} loss does not depend on the weights", stage="gradient")
     found = model.gradients(value)
     inner = longest_product(architecture)
-    for name in sorted(expected.keys() - {"value"}):
-        radius = float(expected[name].radius(inner=inner).amax())
-        agree(found[name], expected[name].centre, radius, what=f"gradient of the {kind} loss in {name}")
+    names = sorted(expected.keys() - {"value"})
+    radii = {name: float(expected[name].radius(inner=inner).amax()) for name in names}
+    centres = {name: expected[name].centre for name in names}
+    seen = Seen[Lost]()
+    with explained(seen, find_loss):
+        seen.add(Lost(kind, "gradients", reference, batch, found, centres, radii))
+        for name in names:
+            what = f"gradient of the {kind} loss in {name}"
+            agree(found[name], centres[name], radii[name], what=what, stage="gradient")
 
 
 @conformance(
@@ -253,6 +278,7 @@ def check_gradient(case: Case, kind: str) -> None:
     needs=(*NEEDS, "gradients"),
     kills=("balance-detached", "balance-over-the-wrong-axis", "balance-double-softmax"),
     applies=has_balance,
+    costly=True,
 )
 def test_balance_loss_trains_the_router(case: Case) -> None:
     """The balance loss alone gives every router the gradient that its convention has."""

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from harness.conformance import Case, Void, conformance, stages
 from harness.conformance.capture import FLOAT32, Captured, Variant, captured, scaled
-from harness.conformance.comparison import agree, ragged, same_experts
+from harness.conformance.comparison import Clearance, agree, ragged, same_experts
+from harness.conformance.conventions import Seen, explained
+from harness.conformance.conventions.scoring import find_scores
+from harness.conformance.conventions.selecting import find_selection
 from harness.spec.architecture import Architecture
 
 BFLOAT16 = torch.bfloat16
@@ -39,9 +42,11 @@ def test_bfloat16_model_scores_in_float32(case: Case) -> None:
     # Of a quiet router the scores are near each other: some of them are one number in bfloat16.
     for label, weights in (("bfloat16", plain), ("quiet", scaled(plain, "router.weight", 2.0**-3))):
         model = case.model(case.shape, weights, dtype=BFLOAT16)
-        for layer in captured(model, Variant(label, case.shape, weights), batch):
-            clear = _check(layer)
-            compared, total = compared + int(clear.sum()), total + int(layer.real.sum())
+        layers = Seen(captured(model, Variant(label, case.shape, weights), batch))
+        with explained(layers, {"score": find_scores, "select": find_selection}):
+            for layer in layers:
+                clear = _check(layer)
+                compared, total = compared + int(clear.sum()), total + int(layer.real.sum())
     case.note("comparable_share", round(compared / total, 4))
     if not compared:
         raise Void("no token's selection is clear of rounding")
@@ -57,9 +62,10 @@ def _check(layer: Captured) -> Tensor:
         agree(shown, scores.value, scores.bound, what=what, stage="score", where=layer.real)
     keys = layer.keys(scores.value, logits)
     expected, gap = stages.select(layer.moe, keys)
-    clear = layer.real & (gap > 2 * (scores.bound.amax(-1) + FLOAT32_EPS * keys.abs().amax(-1)))
+    by = Clearance(gap, 2 * (scores.bound.amax(-1) + FLOAT32_EPS * keys.abs().amax(-1)))
+    clear = layer.real & (gap > by.bound)
     if clear.any():
-        same_experts(layer.trace.indices, expected, what=layer.where, where=clear)
+        same_experts(layer.trace.indices, expected, what=layer.where, where=clear, clearance=by)
     combine = stages.combine_weights(layer.moe.router, scores, logits, layer.trace.indices, BFLOAT16)
     if layer.trace.weights is not None:
         what, used = f"{layer.where}: combine weights", layer.trace.weights

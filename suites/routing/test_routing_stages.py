@@ -8,7 +8,12 @@ from __future__ import annotations
 
 from harness.conformance import Case, conformance, stages
 from harness.conformance.capture import FLOAT32, capture, has_experts
-from harness.conformance.comparison import agree, same_experts
+from harness.conformance.comparison import Clearance, agree, same_experts
+from harness.conformance.conventions import Seen, explained
+from harness.conformance.conventions.combining import find_output
+from harness.conformance.conventions.scoring import find_projection, find_scores
+from harness.conformance.conventions.selecting import find_selection
+from harness.conformance.conventions.weighing import find_weights
 from harness.conformance.property import Void
 
 
@@ -27,25 +32,38 @@ from harness.conformance.property import Void
 )
 def test_projects_the_input(case: Case) -> None:
     """Router logits are W x + b of the layer's input (stage proj)."""
-    for layer in capture(case):
-        judged = stages.logits(layer.variant.weights, layer.trace.layer, layer.shown("hidden"), FLOAT32)
-        what = f"{layer.where}: logits"
-        agree(layer.shown("logits"), judged.value, judged.bound, what=what, stage="proj", where=layer.real)
+    layers = Seen(capture(case))
+    with explained(layers, find_projection):
+        for layer in layers:
+            judged = stages.logits(layer.variant.weights, layer.trace.layer, layer.shown("hidden"), FLOAT32)
+            what = f"{layer.where}: logits"
+            agree(
+                layer.shown("logits"), judged.value, judged.bound, what=what, stage="proj", where=layer.real
+            )
 
 
 @conformance(
     "routing.scores-the-logits",
     clause="architecture.moe.router.score",
     needs=("routing", "weights"),
-    kills=("scores-in-bfloat16", "softmax-over-tokens", "double-softmax"),
+    kills=(
+        "scores-in-bfloat16",
+        "softmax-over-tokens",
+        "double-softmax",
+        "weights-written-over-scores",
+    ),
     applies=has_experts,
 )
 def test_scores_the_logits(case: Case) -> None:
     """Scores are the softmax over all experts, or the sigmoid of each logit (stage score)."""
-    for layer in capture(case):
-        judged = stages.scores(layer.moe.router, layer.shown("logits"), FLOAT32)
-        what = f"{layer.where}: scores"
-        agree(layer.shown("scores"), judged.value, judged.bound, what=what, stage="score", where=layer.real)
+    layers = Seen(capture(case))
+    with explained(layers, find_scores):
+        for layer in layers:
+            judged = stages.scores(layer.moe.router, layer.shown("logits"), FLOAT32)
+            what = f"{layer.where}: scores"
+            agree(
+                layer.shown("scores"), judged.value, judged.bound, what=what, stage="score", where=layer.real
+            )
 
 
 @conformance(
@@ -66,16 +84,19 @@ def test_scores_the_logits(case: Case) -> None:
 def test_selects_the_best(case: Case) -> None:
     """The experts of a token are the K best, biased and group-limited as the spec says (stage select)."""
     compared = total = 0
-    for layer in capture(case):
-        scores, logits = layer.scores(), layer.logits()
-        keys = layer.keys(scores.value, logits)
-        expected, gap = stages.select(layer.moe, keys)
-        # Two keys may each be off by their rounding, that of adding the correction bias included.
-        bound = scores.bound.amax(-1) + FLOAT32_EPS * keys.abs().amax(-1)
-        clear = layer.real & (gap > 2 * bound)
-        compared, total = compared + int(clear.sum()), total + int(layer.real.sum())
-        if clear.any():
-            same_experts(layer.trace.indices, expected, what=layer.where, where=clear)
+    layers = Seen(capture(case))
+    with explained(layers, find_selection):
+        for layer in layers:
+            scores, logits = layer.scores(), layer.logits()
+            keys = layer.keys(scores.value, logits)
+            expected, gap = stages.select(layer.moe, keys)
+            # Two keys may each be off by their rounding, that of adding the correction bias included.
+            bound = scores.bound.amax(-1) + FLOAT32_EPS * keys.abs().amax(-1)
+            clear = layer.real & (gap > 2 * bound)
+            compared, total = compared + int(clear.sum()), total + int(layer.real.sum())
+            if clear.any():
+                by = Clearance(gap, 2 * bound)
+                same_experts(layer.trace.indices, expected, what=layer.where, where=clear, clearance=by)
     case.note("comparable_share", round(compared / total, 4))
     if not compared:
         raise Void("no token's selection is clear of rounding")
@@ -103,10 +124,14 @@ FLOAT32_EPS = 2.0**-23
 )
 def test_weighs_the_selected(case: Case) -> None:
     """Combine weights follow from the unbiased scores of the selected experts (stage weigh)."""
-    for layer in capture(case):
-        judged = layer.combine_weights()
-        what = f"{layer.where}: combine weights"
-        agree(layer.shown("weights"), judged.value, judged.bound, what=what, stage="weigh", where=layer.real)
+    layers = Seen(capture(case))
+    with explained(layers, find_weights):
+        for layer in layers:
+            judged = layer.combine_weights()
+            what = f"{layer.where}: combine weights"
+            agree(
+                layer.shown("weights"), judged.value, judged.bound, what=what, stage="weigh", where=layer.real
+            )
 
 
 @conformance(
@@ -129,23 +154,35 @@ def test_weighs_the_selected(case: Case) -> None:
         "expert-ids-in-a-byte",
         "combines-four-at-most",
         "clamp-constant",
+        "experts-numbered-among-the-busy",
+        "halves-taken-for-interleaved",
+        "weights-not-transposed",
     ),
     applies=has_experts,
 )
 def test_combines_the_experts(case: Case) -> None:
     """The layer's output is the weighted sum of its experts, plus the shared ones (stage combine)."""
-    for layer in capture(case):
-        weights = layer.combine_weights()
-        if layer.trace.weights is not None:
-            weights = stages.Judged(layer.trace.weights.double(), weights.bound)
-        judged = stages.combine(
-            layer.variant.architecture,
-            layer.variant.weights,
-            layer.trace.layer,
-            layer.shown("hidden"),
-            layer.trace.indices,
-            weights,
-            FLOAT32,
-        )
-        what = f"{layer.where}: output"
-        agree(layer.shown("output"), judged.value, judged.bound, what=what, stage="combine", where=layer.real)
+    layers = Seen(capture(case))
+    with explained(layers, find_output):
+        for layer in layers:
+            weights = layer.combine_weights()
+            if layer.trace.weights is not None:
+                weights = stages.Judged(layer.trace.weights.double(), weights.bound)
+            judged = stages.combine(
+                layer.variant.architecture,
+                layer.variant.weights,
+                layer.trace.layer,
+                layer.shown("hidden"),
+                layer.trace.indices,
+                weights,
+                FLOAT32,
+            )
+            what = f"{layer.where}: output"
+            agree(
+                layer.shown("output"),
+                judged.value,
+                judged.bound,
+                what=what,
+                stage="combine",
+                where=layer.real,
+            )

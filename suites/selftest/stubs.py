@@ -13,8 +13,9 @@ from harness import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 ODD = "suites.selftest.odd_implementations:"
-QUICK = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest")
-"""Without the plugin of Hypothesis, which takes seconds to import and nothing here uses."""
+QUICK = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest", "--no-null")
+"""Without the plugin of Hypothesis, which takes seconds to import and nothing here uses, and without the null
+implementation, which the stubs cannot tell from another."""
 CONFTEST = """
 import pytest
 from harness.conformance import canary

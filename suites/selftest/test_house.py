@@ -22,8 +22,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mutants": {"spec", "reference", "implementations"},
     "evidence": set(),
     "telemetry": set(),
-    "conformance": {"spec", "reference", "implementations", "evidence"},
-    "results": {"spec", "evidence", "theory", "audit", "validation", "conformance", "telemetry"},
+    "conformance": {"spec", "reference", "implementations", "mutants", "evidence"},
+    "results": {
+        "spec",
+        "evidence",
+        "theory",
+        "audit",
+        "validation",
+        "implementations",
+        "mutants",
+        "conformance",
+        "telemetry",
+    },
     "benchmark": {"spec", "theory", "reference", "implementations", "telemetry", "results"},
 }
 """The layers of ARCHITECTURE.md; `plugin` and `cli` may import all of them."""

@@ -32,7 +32,7 @@ def nameless():
 WRONG = {
     "": "there is no implementation ''",
     "referense": "did you mean 'reference'?",
-    "mixtral": "say reference, mutant:NAME, transformers:NAME, openai:URL or package.module:factory",
+    "mixtral": "say reference, independent, null, mutant:NAME, transformers:NAME, openai:URL or package",
     "fine:": "there is no implementation 'fine:'",
     "mutant:no-such-mutant": "there is no mutant 'no-such-mutant'",
     "no_such_module:make": "there is no module 'no_such_module' to import",

@@ -2,122 +2,81 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from harness.conformance.catalogue import properties
 from harness.mutants import CATALOGUE
-from harness.results.record import Record
+from harness.mutants.defects import register
+from harness.results.kills.stages import STAGED
 from harness.results.runfile import read
+from suites.selftest.stubs import ROOT, moe_harness
 
-ROOT = Path(__file__).resolve().parents[2]
-PROPERTIES = {prop.slug: (prop, function) for prop, function in properties()}
-KILLS = [(slug, name) for slug, (prop, _) in PROPERTIES.items() for name in prop.kills]
-STAGED = {
-    "routing.projects-the-input": "proj",
-    "routing.scores-the-logits": "score",
-    "routing.selects-the-best": "select",
-    "routing.weighs-the-selected": "weigh",
-    "routing.combines-the-experts": "combine",
-}
-"""In the order of the stages: each judges its own on the implementation's input to it."""
-ENGINE_STAGES = frozenset(
-    [
-        "law",
-        "greedy",
-        "stop",
-        "logprobs",
-        "seed",
-        "acceptance",
-        "counters",
-        "isolation",
-        "settings",
-        "pages",
-        "prefix",
-        "preempt",
-        "rollback",
-        "schedule",
-        "fault",
-    ]
-)
-
-
-def node(slug: str, implementation: str, spec: str) -> str:
-    """The test of one property on one implementation and spec, as pytest addresses it."""
-    function = PROPERTIES[slug][1]
-    path = "/".join(function.__module__.split("."))
-    return f"{path}.py::{function.__name__}[{implementation}-{spec}]"
-
-
-def run(
-    nodes: Iterable[str], implementations: Sequence[str], specs: Sequence[str], file: Path, *more: str
-) -> tuple[Record, ...]:
-    """The records of a run of those tests through the plugin."""
-    options = [part for name in implementations for part in ("--impl", name)]
-    options += [part for name in specs for part in ("--spec", name)]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *nodes, *options]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "--run-file", str(file), *more],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode in (0, 1), done.stdout[-2000:] + done.stderr[-2000:]
-    return read(file).records
-
-
-def shown_as(stage: str) -> set[str]:
-    """What a defect of a stage of the engine may show as, to those who see only its answers: a wrong rule of
-    acceptance is a wrong law, a wrong rollback changes greedy tokens too, and a law may leave no token."""
-    return {stage, "law"} | {"rollback": {"greedy"}, "law": {"fault"}}.get(stage, set())
-
-
-def wanted(spec: str) -> set[tuple[str, str]]:
-    """Properties and mutants to run on a spec: the claimed kills, and the stages before each defect."""
-    pairs = {(slug, name) for slug, name in KILLS if CATALOGUE[name].spec == spec}
-    stages = list(STAGED.values())
-    for name, mutant in CATALOGUE.items():
-        if mutant.spec == spec and mutant.stage in stages:
-            before = stages[: stages.index(mutant.stage)]
-            pairs |= {(slug, name) for slug, stage in STAGED.items() if stage in before}
-    return pairs
+CLAIMS = {prop.slug: prop.kills for prop, _ in properties()}
+PARTS = 10
+PART = "MOE_HARNESS_PART"
+"""The environment variable that names another part than that of the day: K/N."""
 
 
 def test_every_property_claims_a_kill() -> None:
     """Every property names mutants that it must kill, and every mutant is named by some property."""
-    assert not [slug for slug, (prop, _) in PROPERTIES.items() if not prop.kills]
-    assert {name for _, name in KILLS} == set(CATALOGUE)
+    assert not [slug for slug, kills in CLAIMS.items() if not kills]
+    assert {name for kills in CLAIMS.values() for name in kills} == set(CATALOGUE)
 
 
-@pytest.mark.parametrize("spec", sorted({mutant.spec for mutant in CATALOGUE.values()}))
-def test_every_claimed_kill_is_real(spec: str, tmp_path: Path) -> None:
-    """Each property fails each mutant that it claims, by a counterexample that names the defective stage."""
-    pairs = sorted(wanted(spec))
-    nodes = [node(slug, f"mutant:{name}", spec) for slug, name in pairs]
-    mutants = [f"mutant:{name}" for name in sorted({name for _, name in pairs})]
-    found = run(nodes, mutants, [spec], tmp_path / "run.jsonl")
-    records = {(r.slug, r.implementation.removeprefix("mutant:")): r for r in found}
-    assert sorted(records) == pairs
-    named = {name for (_, name), one in records.items() if one.stage in shown_as(CATALOGUE[name].stage)}
-    engines = {name for _, name in pairs if CATALOGUE[name].stage in ENGINE_STAGES}
-    assert sorted(engines - named) == [], "no property names the stage at which these are wrong"
-    for (slug, name), record in records.items():
-        what = f"{slug} on {name}: {record.outcome} {record.stage} {record.reason}"
-        claimed = (slug, name) in KILLS
-        if claimed:
-            assert record.outcome == "failed", what
-            assert not record.reason.startswith("crashed"), what
-        if slug in STAGED:
-            # Before the defect a stage is right; a misshapen trace is refused by the name of its stage.
-            assert record.outcome == "passed" or record.stage == CATALOGUE[name].stage, what
+def test_the_register_names_mutants_that_there_are() -> None:
+    """The register of shipped defects can be read, and every mutant that it names is in the catalogue."""
+    named = {name for defect in register().values() for name in defect.mutants}
+    assert sorted(named - set(CATALOGUE)) == []
+
+
+def test_every_stage_of_the_router_has_its_property() -> None:
+    """The properties that judge one stage each are properties of the suites."""
+    assert set(STAGED) <= set(CLAIMS)
+
+
+def measured(part: str, folder: Path) -> dict[str, Any]:
+    """The kill matrix of a part of the mutants, as the command writes it; it must end without a complaint."""
+    done = moe_harness("mutants", "--part", part, "--output", str(folder), cwd=folder)
+    print(f"part {part}\n{done.stdout}")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    matrix: dict[str, Any] = json.loads((folder / "kill-matrix.json").read_text())
+    return matrix
+
+
+def as_claimed(matrix: dict[str, Any]) -> None:
+    """Each property fails each mutant that it claims; of an engine's, one names the stage that is wrong."""
+    assert matrix["broken"] == []
+    left = {one["mutant"]: one for one in matrix["mutants"] if one["status"] != "killed"}
+    assert [name for name, one in left.items() if one["side"] == "engine"] == []
+    assert {one["status"] for one in left.values()} <= {"stage not named"}
+    killed = {(cell["property"], cell["mutant"]) for cell in matrix["cells"] if cell["outcome"] == "killed"}
+    names = {one["mutant"] for one in matrix["mutants"]}
+    assert {(slug, name) for slug, kills in CLAIMS.items() for name in kills if name in names} <= killed
+
+
+def test_claimed_kills_are_real(tmp_path: Path) -> None:
+    """Of a tenth of the mutants, another one each day, every claimed kill is one, and the stage is named.
+
+    The part is the day of the year modulo ten, so that ten days see all; MOE_HARNESS_PART=K/N names another.
+    """
+    day = datetime.now(UTC).timetuple().tm_yday
+    as_claimed(measured(os.environ.get(PART) or f"{day % PARTS + 1}/{PARTS}", tmp_path))
+
+
+@pytest.mark.slow
+def test_every_claimed_kill_is_real(tmp_path: Path) -> None:
+    """Of all mutants every claimed kill is one, and every property that is believed has killed."""
+    matrix = measured("1/1", tmp_path)
+    as_claimed(matrix)
+    assert [one["property"] for one in matrix["properties"] if not one["score"]] == []
 
 
 @pytest.mark.slow
@@ -134,10 +93,14 @@ def test_the_reference_never_fails(tmp_path: Path) -> None:
         "gpt3-175b",
         "palm-540b",
     )
-    parts = ("parameters", "compute", "routing", "attention", "decoding", "serving")
+    on = [word for spec in specs for word in ("--spec", spec)]
     for seed in range(1, 21):
         file = tmp_path / f"{seed}.jsonl"
-        nodes = [f"suites/{part}" for part in parts]
-        found = run(nodes, ["reference"], specs, file, "--seed", str(seed))
+        options = ("--impl", "reference", *on, "--seed", str(seed), "--run-file", str(file))
+        command = [sys.executable, "-m", "harness", "check", "-q", *options]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode in (0, 1), done.stdout[-2000:] + done.stderr[-2000:]
+        found = read(file).records
         wrong = [f"seed {seed}: {r.spec} {r.slug}: {r.reason}" for r in found if r.outcome != "passed"]
         assert not wrong

@@ -52,6 +52,7 @@ ONE = Limits(sequences=1)
         "lengths-are-those-of-the-shortest",
     ),
     applies=independent,
+    costly=True,
 )
 def test_company_changes_nothing(case: Case) -> None:
     """A greedy request gives the same tokens, finish reason and log probabilities alone and in company."""
@@ -79,6 +80,7 @@ def test_company_changes_nothing(case: Case) -> None:
         "generators-advance-on-a-copy",
     ),
     applies=independent,
+    costly=True,
 )
 def test_seeded_company_changes_nothing(case: Case) -> None:
     """A request with a seed gives the same alone, in company, and when it is asked again."""
@@ -108,6 +110,7 @@ def test_seeded_company_changes_nothing(case: Case) -> None:
         "batches-are-summed-in-half-precision",
     ),
     applies=independent,
+    costly=True,
 )
 def test_sizes_change_nothing(case: Case) -> None:
     """Slots, page size and tokens per iteration change no answer, greedy or seeded."""
@@ -135,8 +138,10 @@ def test_sizes_change_nothing(case: Case) -> None:
         "chunks-start-at-position-0",
         "chunks-overlap-by-one",
         "seeds-are-consumed-by-prompts",
+        "seeds-fail-with-chunks",
     ),
     applies=independent,
+    costly=True,
 )
 def test_chunks_change_nothing(case: Case) -> None:
     """A prompt in chunks of any size, some tokens at a time beside others that decode, gives the same."""
@@ -164,6 +169,7 @@ def test_chunks_change_nothing(case: Case) -> None:
         "static-batches-end-together",
     ),
     applies=independent,
+    costly=True,
 )
 def test_batching_changes_nothing(case: Case) -> None:
     """Static and continuous batching give the same answers."""
@@ -194,6 +200,7 @@ def test_batching_changes_nothing(case: Case) -> None:
         "positions-end-before-the-context",
     ),
     applies=independent,
+    costly=True,
 )
 def test_equals_the_models_own_forward(case: Case) -> None:
     """Every token is the model's first choice after all before it, by one pass without a cache or a batch."""
@@ -245,6 +252,7 @@ def test_equals_the_models_own_forward(case: Case) -> None:
         "drafts-end-the-context-early",
     ),
     applies=independent,
+    costly=True,
 )
 def test_the_context_may_be_filled(case: Case) -> None:
     """Requests that fill the context to its last token, at once, in chunks or from a cache, are whole."""

@@ -19,6 +19,7 @@ from harness.reference.engine import Limits
         "sharing-cannot-be-turned-off",
     ),
     applies=independent,
+    costly=True,
 )
 def test_what_is_counted_adds_up(case: Case) -> None:
     """Tokens that were fed and tokens that were cached make up each prompt, also after a full pool."""
@@ -69,6 +70,7 @@ def test_what_is_counted_adds_up(case: Case) -> None:
     ),
     level="SHOULD",
     applies=independent,
+    costly=True,
 )
 def test_what_is_known_is_found(case: Case) -> None:
     """Every full page of a known prefix is found; a full pool gives up the prefix that was longest unused."""

@@ -64,6 +64,7 @@ def starts(iterations: Sequence[Iteration], count: int) -> list[int]:
         "prompts-must-fit-whole",
     ),
     applies=independent,
+    costly=True,
 )
 def test_all_who_may_be_served_are_served(case: Case) -> None:
     """In full pools, batched either way, behind a request that can never fit, every answer is whole."""
@@ -90,6 +91,7 @@ def test_all_who_may_be_served_are_served(case: Case) -> None:
     needs=("serve", "limits"),
     kills=("last-come-first-started",),
     applies=independent,
+    costly=True,
 )
 def test_first_come_first_started(case: Case) -> None:
     """Equal requests start in the order in which they came, at once or one after another."""
@@ -119,6 +121,7 @@ def test_first_come_first_started(case: Case) -> None:
         "shortest-prompts-start-first",
     ),
     applies=independent,
+    costly=True,
 )
 def test_the_large_are_not_overtaken_for_ever(case: Case) -> None:
     """A request that needs nearly all pages starts before those that come long after it, however small."""
@@ -146,6 +149,7 @@ def test_the_large_are_not_overtaken_for_ever(case: Case) -> None:
     needs=("serve", "limits"),
     kills=("prompts-come-first",),
     applies=independent,
+    costly=True,
 )
 def test_prompts_do_not_starve_answers(case: Case) -> None:
     """An answer goes on while long prompts keep coming: it never takes three times its own iterations."""
@@ -171,6 +175,7 @@ def test_prompts_do_not_starve_answers(case: Case) -> None:
     needs=("serve", "limits"),
     kills=("long-prompts-wait-for-an-idle-engine",),
     applies=independent,
+    costly=True,
 )
 def test_answers_do_not_starve_prompts(case: Case) -> None:
     """A long prompt is computed while short answers keep coming, from at least a share of each iteration."""
@@ -198,6 +203,7 @@ def test_answers_do_not_starve_prompts(case: Case) -> None:
         "the-preempted-queue-up-again",
     ),
     applies=independent,
+    costly=True,
 )
 def test_the_preempted_come_back_first(case: Case) -> None:
     """Who lost its pages gets a slot again before anybody who came later gets a first one."""
@@ -232,6 +238,7 @@ def test_the_preempted_come_back_first(case: Case) -> None:
     kills=("the-oldest-is-preempted",),
     level="SHOULD",
     applies=independent,
+    costly=True,
 )
 def test_the_oldest_keep_their_pages(case: Case) -> None:
     """Nobody loses its pages while somebody who came later keeps them, so that the oldest always go on."""
@@ -262,6 +269,7 @@ def test_the_oldest_keep_their_pages(case: Case) -> None:
         "ended-answers-hold-their-slots",
     ),
     applies=independent,
+    costly=True,
 )
 def test_no_slot_idles_while_somebody_waits(case: Case) -> None:
     """With pages for all, a free slot is taken at once; a static batch is as large as the slots allow."""
@@ -321,6 +329,7 @@ def test_budgets_are_used(case: Case) -> None:
         "slots-are-lent-twice",
     ),
     applies=independent,
+    costly=True,
 )
 def test_tokens_are_fed_once(case: Case) -> None:
     """No iteration exceeds slots, pages or budget, and without preemption each token is fed once."""
@@ -366,6 +375,7 @@ def test_tokens_are_fed_once(case: Case) -> None:
         "windows-are-never-cut",
     ),
     applies=independent,
+    costly=True,
 )
 def test_speculation_starves_nobody(case: Case) -> None:
     """With drafts, in tight budgets and pools, every answer is whole, and nobody waits in a slot for ever."""

@@ -86,6 +86,7 @@ def failed(model: Any, answer: Completion, what: str) -> None:
         "an-error-closes-the-engine",
     ),
     applies=independent,
+    costly=True,
 )
 def test_bad_requests_harm_nobody(case: Case) -> None:
     """Requests that cannot be served end with an error each, and others are answered as if alone."""
@@ -116,6 +117,7 @@ def test_bad_requests_harm_nobody(case: Case) -> None:
         "who-leaves-the-queue-ends-the-queue",
     ),
     applies=independent,
+    costly=True,
 )
 def test_clients_that_leave_harm_nobody(case: Case) -> None:
     """Clients that leave before, at or after the start of an answer get its beginning; others all of it."""
@@ -185,6 +187,7 @@ NOTICED = 3
     ),
     level="SHOULD",
     applies=independent,
+    costly=True,
 )
 def test_who_leaves_is_served_no_longer(case: Case) -> None:
     """Soon after a client left a prompt, an answer, the queue or a full pool, nothing is computed for it."""
@@ -252,6 +255,7 @@ def test_duplicates_are_all_answered(case: Case) -> None:
         "who-leaves-keeps-the-slot",
     ),
     applies=independent,
+    costly=True,
 )
 def test_what_ends_gives_all_back(case: Case) -> None:
     """After answers, errors, clients that left and preemptions, a request that needs every page is served."""
@@ -297,6 +301,7 @@ def test_what_ends_gives_all_back(case: Case) -> None:
         "faults-of-drafts-are-fatal",
     ),
     applies=independent,
+    costly=True,
 )
 def test_faults_under_speculation_harm_nobody(case: Case) -> None:
     """With drafts, too, bad requests and clients that leave neither change nor lose a neighbour's answer."""

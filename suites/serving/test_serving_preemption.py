@@ -76,6 +76,7 @@ def squeezed(
         "preemption-drops-log-probabilities",
     ),
     applies=independent,
+    costly=True,
 )
 def test_preemption_changes_nothing(case: Case) -> None:
     """Pools of exact fit, of one page less, and 100% full give greedy requests what a roomy one gives."""
@@ -94,6 +95,7 @@ def test_preemption_changes_nothing(case: Case) -> None:
         "preemption-drops-the-answer",
     ),
     applies=independent,
+    costly=True,
 )
 def test_preemption_keeps_the_seed(case: Case) -> None:
     """A request with a seed goes on drawing where it was, after it lost its pages."""
@@ -114,6 +116,7 @@ def test_preemption_keeps_the_seed(case: Case) -> None:
         "stop-sequences-start-again-after-preemption",
     ),
     applies=independent,
+    costly=True,
 )
 def test_preemption_keeps_the_settings(case: Case) -> None:
     """Penalties, grammars, ends and least lengths count on as before, after a request lost its pages."""
@@ -132,6 +135,7 @@ def test_preemption_keeps_the_settings(case: Case) -> None:
         "rollback-gives-back-a-page-too-many",
     ),
     applies=independent,
+    costly=True,
 )
 def test_preemption_and_speculation_change_nothing(case: Case) -> None:
     """Greedy requests that are speculated and preempted give what they give without either."""

@@ -64,6 +64,7 @@ def hits(case: Case, answers: Sequence[Completion]) -> None:
         "page-tables-are-shared",
     ),
     applies=independent,
+    costly=True,
 )
 def test_a_hit_equals_a_miss(case: Case) -> None:
     """A cached prefix that ends at a page's end, beside it, or with the prompt, changes no answer."""
@@ -107,6 +108,7 @@ def test_a_hit_equals_a_miss(case: Case) -> None:
         "only-last-chunks-are-penalised",
     ),
     applies=independent,
+    costly=True,
 )
 def test_hits_and_chunks_keep_the_settings(case: Case) -> None:
     """Penalties, biases, grammars and ends count all of a prompt that came in chunks or from the cache."""
@@ -134,6 +136,7 @@ def test_hits_and_chunks_keep_the_settings(case: Case) -> None:
         "positions-after-a-hit-start-at-0",
     ),
     applies=independent,
+    costly=True,
 )
 def test_asked_again_answers_the_same(case: Case) -> None:
     """A request asked four times in a row, then four times at once, is answered the same each time."""
@@ -165,6 +168,7 @@ def test_asked_again_answers_the_same(case: Case) -> None:
         "salts-are-those-of-the-batch",
     ),
     applies=independent,
+    costly=True,
 )
 def test_salts_isolate(case: Case) -> None:
     """No request is served from a prefix that was cached under another salt, even of the same tokens."""
@@ -220,6 +224,7 @@ def test_salts_isolate(case: Case) -> None:
         "prefixes-are-told-apart-by-their-ends",
     ),
     applies=independent,
+    costly=True,
 )
 def test_likeness_is_no_hit(case: Case) -> None:
     """Prompts alike by sum, order, beginning, end or a weak hash are told apart by their tokens."""
@@ -266,6 +271,7 @@ def test_likeness_is_no_hit(case: Case) -> None:
         "last-page-is-lent-twice",
     ),
     applies=independent,
+    costly=True,
 )
 def test_eviction_changes_nothing(case: Case) -> None:
     """Prefixes that are evicted from a small pool while others use theirs, and come again, harm nobody."""
@@ -301,6 +307,7 @@ def test_eviction_changes_nothing(case: Case) -> None:
         "page-tables-are-shared",
     ),
     applies=independent,
+    costly=True,
 )
 def test_only_complete_prefixes_are_shared(case: Case) -> None:
     """A request whose prefix is still being computed, or was given up half-way, is answered as if alone."""
@@ -335,6 +342,7 @@ def test_only_complete_prefixes_are_shared(case: Case) -> None:
         "last-tokens-are-shared-before-they-are-fed",
     ),
     applies=independent,
+    costly=True,
 )
 def test_a_dialogue_goes_on_from_its_cache(case: Case) -> None:
     """A prompt that continues an earlier prompt and its answer gives what it gives without a cache."""
@@ -365,6 +373,7 @@ def test_a_dialogue_goes_on_from_its_cache(case: Case) -> None:
         "positions-after-a-hit-start-at-0",
     ),
     applies=independent,
+    costly=True,
 )
 def test_drafts_are_never_shared(case: Case) -> None:
     """What was cached of rejected drafts never reaches a prompt that goes on from an answer."""

@@ -77,6 +77,7 @@ def certain(law: Sampling) -> bool:
         "biases-are-copied-when-rows-move",
     ),
     applies=independent,
+    costly=True,
 )
 def test_laws_stay_with_their_requests(case: Case) -> None:
     """Temperature, top-k, top-p, min-p and biases of a request shape its own tokens, and nobody else's."""
@@ -112,6 +113,7 @@ def test_laws_stay_with_their_requests(case: Case) -> None:
         "padding-is-penalised",
     ),
     applies=independent,
+    costly=True,
 )
 def test_penalties_stay_with_their_requests(case: Case) -> None:
     """Penalties count a request's own tokens, each as often as it came, and no padding."""
@@ -153,6 +155,7 @@ def test_penalties_stay_with_their_requests(case: Case) -> None:
         "stop-sequences-go-on-from-former-requests",
     ),
     applies=independent,
+    costly=True,
 )
 def test_ends_stay_with_their_requests(case: Case) -> None:
     """End tokens, stop sequences, least and most tokens, and log probabilities are each request's own."""
@@ -196,6 +199,7 @@ def test_ends_stay_with_their_requests(case: Case) -> None:
         "grammars-advance-with-the-engine",
     ),
     applies=independent,
+    costly=True,
 )
 def test_grammars_stay_with_their_requests(case: Case) -> None:
     """Each request follows its own grammar from its own start, beside others with and without one."""
@@ -240,6 +244,7 @@ def test_grammars_stay_with_their_requests(case: Case) -> None:
         "duplicates-are-merged",
     ),
     applies=independent,
+    costly=True,
 )
 def test_duplicates_without_a_seed_are_independent(case: Case) -> None:
     """One request asked several times at once without a seed is answered by other draws each time."""
@@ -273,6 +278,7 @@ def test_duplicates_without_a_seed_are_independent(case: Case) -> None:
         "seed-0-is-no-seed",
     ),
     applies=independent,
+    costly=True,
 )
 def test_seeds_decide(case: Case) -> None:
     """Duplicates with one seed are equal, with two seeds different, at once and one after another."""

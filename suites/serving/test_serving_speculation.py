@@ -41,6 +41,7 @@ from harness.reference.engine import Arrival, Limits, Request
         "rows-are-rolled-back-alike",
     ),
     applies=independent,
+    costly=True,
 )
 def test_speculation_changes_nothing(case: Case) -> None:
     """A batch of greedy answers with uneven acceptance has the tokens and log probabilities of no drafts."""
@@ -74,6 +75,7 @@ def test_speculation_changes_nothing(case: Case) -> None:
         "faults-of-drafts-are-fatal",
     ),
     applies=independent,
+    costly=True,
 )
 def test_speculation_in_a_tight_budget_changes_nothing(case: Case) -> None:
     """Drafts that an iteration has no room for, chunks of prompts, and clients that leave, do no harm."""
@@ -135,6 +137,7 @@ def speculated_alike(case: Case, requests: Sequence[Request], *, stage: str) -> 
         "windows-shrink-after-preemption",
     ),
     applies=independent,
+    costly=True,
 )
 def test_seeds_hold_under_speculation(case: Case) -> None:
     """A seed decides what is drafted, accepted and drawn, in any company, in chunks and after preemption."""
@@ -156,6 +159,7 @@ def test_seeds_hold_under_speculation(case: Case) -> None:
         "ends-inside-of-windows-are-missed",
     ),
     applies=independent,
+    costly=True,
 )
 def test_speculation_keeps_the_settings(case: Case) -> None:
     """In windows, too, penalties, grammars, ends and least lengths follow each request's own tokens."""
@@ -177,6 +181,7 @@ def test_speculation_keeps_the_settings(case: Case) -> None:
     kills=("lookups-remember-former-requests",),
     level="SHOULD",
     applies=independent,
+    costly=True,
 )
 def test_drafts_forget_former_requests(case: Case) -> None:
     """What is drafted and accepted for a request does not depend on the requests that had its slot before."""
@@ -209,6 +214,7 @@ def test_drafts_forget_former_requests(case: Case) -> None:
     ),
     level="SHOULD",
     applies=independent,
+    costly=True,
 )
 def test_acceptance_does_not_depend_on_company(case: Case) -> None:
     """With room for all drafts, as many are made and accepted in company, or after preemption, as alone."""

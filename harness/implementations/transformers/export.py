@@ -167,6 +167,7 @@ def _mixtral(a: Architecture) -> dict[str, Any]:
         "num_local_experts": moe.n_experts,
         "num_experts_per_tok": moe.top_k,
         "sliding_window": a.attention.window,
+        "router_jitter_noise": moe.router.jitter,
     }
 
 

@@ -7,7 +7,7 @@ Letters: B sequences, S tokens, T = B * S, V vocabulary, D d_model, E experts, K
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,9 +38,11 @@ def forward(
     *,
     mask: Tensor | None = None,
     positions: Tensor | None = None,
+    before: Callable[[int, States], States] = lambda _, states: states,
 ) -> OracleTrace:
     """Logits and routing of tokens [B, S]; mask [B, S] is True at real tokens (default all), positions
-    [B, S] default to the number of real tokens before. Weights by canonical name."""
+    [B, S] default to the number of real tokens before. Weights by canonical name. before(layer, states) is
+    what stands before a layer: by default nothing."""
     a, w = architecture, Weights(weights)
     batch, length = tokens.shape
     real = [(b, s) for b in range(batch) for s in range(length) if mask is None or bool(mask[b, s])]
@@ -53,6 +55,7 @@ def forward(
         x = {t: x[t] + w.arrays["positions.weight"][at[t]] for t in real}
     routing = []
     for i in range(a.n_layers):
+        x = before(i, x)
         normed = {t: norm(x[t], a.norm, w, f"layers.{i}.attention_norm") for t in real}
         mixed = attention(a, i, w, normed, at)
         if not a.parallel_block:

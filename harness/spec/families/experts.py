@@ -45,8 +45,17 @@ def dense_unless_all_routed(
     return None if layers == (0, 1, 0) else ffn
 
 
+def jitter(f: Fields) -> float:
+    """The noise on routers in training; absent or null is none."""
+    noise = f.weight("router_jitter_noise")
+    if noise >= 1:
+        raise f.refuse("router_jitter_noise", f"got {noise:g}", "it must be below 1")
+    return noise
+
+
 def _mixtral(f: Fields) -> Architecture:
-    moe = routed(f, expert(f, "intermediate_size"), Router(), experts="num_local_experts")
+    router = Router(jitter=jitter(f))
+    moe = routed(f, expert(f, "intermediate_size"), router, experts="num_local_experts")
     made = attention(f, rope(f, heads(f)[2], theta=1e6), windows=window_everywhere(f))
     return decoder(f, made, moe=moe, loss=balanced(f))
 
@@ -155,7 +164,7 @@ def _gpt_oss(f: Fields) -> Architecture:
 
 
 def _minimax_m2(f: Fields) -> Architecture:
-    router = Router(score="sigmoid", correction_bias=True)
+    router = Router(score="sigmoid", correction_bias=True, jitter=jitter(f))
     moe = routed(f, expert(f, "intermediate_size"), router, experts="num_local_experts")
     head_dim, rotated = heads(f)[2], f.count_or_none("rotary_dim")
     turned = rope(f, head_dim, theta=5e6, partial=1.0 if rotated is None else rotated / head_dim)
@@ -189,6 +198,7 @@ FAMILIES = (
             "head_dim": None,
             "sliding_window": None,
         },
+        extra={"router_jitter_noise": 0.0},
         aliases={"num_experts": "num_local_experts"},
     ),
     Family(
@@ -259,7 +269,12 @@ FAMILIES = (
         "minimax_m2",
         _minimax_m2,
         {**BASE, **ROPE},
-        extra={"rotary_dim": None, "partial_rotary_factor": None, "attn_type_list": None},
+        extra={
+            "rotary_dim": None,
+            "partial_rotary_factor": None,
+            "attn_type_list": None,
+            "router_jitter_noise": 0.0,
+        },
         aliases={"num_experts": "num_local_experts"},
         only={
             "scoring_func": (("sigmoid",), "the family's scores are sigmoids"),

@@ -115,7 +115,7 @@ class Family:
     defaults: Mapping[str, Any]
     """Of keys that its configuration class in transformers has."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """Keys of published files that the class does not have, and what their absence means."""
+    """Keys whose absence need not be told, and what it means: of published files alone, or of training."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     only: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
     """Key -> (values for which the spec is exact, why no other); absence is the first of them."""

@@ -1,0 +1,78 @@
+"""What the properties of training share: passes in training mode, and what they are compared by.
+
+Letters: B sequences, S tokens per sequence, T tokens, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from harness.conformance import Case
+from harness.conformance.comparison import Ragged, agree
+from harness.evidence.margins import unit_roundoff
+from harness.spec.architecture import Architecture
+
+Answer = TypeVar("Answer")
+HALF_THE_DIGITS = math.sqrt(unit_roundoff(torch.float32))
+"""Relative to the largest value of a tensor: two ways to one float32 result differ in the last digits, and a
+defect moves the first ones."""
+FACTOR = 0.1
+"""The jitter that noise is drawn with: far above rounding."""
+
+
+def has_experts(architecture: Architecture | None) -> bool:
+    """Applies to architectures with experts that no capacity makes compete."""
+    return (
+        architecture is not None
+        and architecture.moe is not None
+        and architecture.moe.router.capacity_factor is None
+    )
+
+
+def has_correction_bias(architecture: Architecture | None) -> bool:
+    """Applies where correction biases balance the load."""
+    return (
+        has_experts(architecture)
+        and architecture is not None
+        and architecture.moe is not None
+        and architecture.moe.router.correction_bias
+    )
+
+
+def summed_loss(logits: Tensor, batch: Ragged) -> Tensor:
+    """Cross-entropy of every real token given the real tokens before it, summed."""
+    follows = batch.mask[:, 1:] & batch.mask[:, :-1]
+    return F.cross_entropy(logits[:, :-1][follows].double(), batch.tokens[:, 1:][follows], reduction="sum")
+
+
+def alike(case: Case, architecture: Architecture, pass_: Callable[[Any], Answer]) -> Answer:
+    """What `pass_` answers of a fresh model in training mode: with the same noise, where a seed fixes it."""
+    model = case.model(architecture, case.weights(architecture))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(case.seed)
+        with model.training():
+            return pass_(model)
+
+
+@contextmanager
+def recomputing(model: Any, again: bool) -> Iterator[None]:
+    """Within it activations are computed a second time, if `again`."""
+    if not again:
+        yield
+        return
+    with model.recomputing():
+        yield
+
+
+def same_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str, stage: str) -> None:
+    """Raise Violation unless every tensor agrees but for half of its digits."""
+    for name, value in expected.items():
+        tolerance = HALF_THE_DIGITS * float(value.abs().amax()) + 1e-30
+        agree(found[name], value, tolerance, what=f"{what} {name}", stage=stage)
