@@ -6,7 +6,7 @@ Letters: V vocabulary, g tokens proposed per round.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -73,9 +73,14 @@ class Trial:
 def enumerated(model: Any, program: Callable[[], Any]) -> Law:
     """The law of a program that asks the model: of one that can, each pass is computed once, and not once for
     every path on which it lies."""
-    remembering = getattr(model, "remembering", nullcontext)
-    with torch.no_grad(), remembering():
+    with torch.no_grad(), remembering(model):
         return law(program)
+
+
+def remembering(model: Any) -> AbstractContextManager[None]:
+    """Within it a model that can computes each pass once, for all laws that are enumerated."""
+    found: AbstractContextManager[None] = getattr(model, "remembering", nullcontext)()
+    return found
 
 
 def trial(case: Case, vocab_size: int = 4, *, layers: int = 1) -> Trial:

@@ -140,3 +140,16 @@ def tabulated(forward: Callable[..., torch.Tensor], request: Request, vocab_size
             last = forward(rows)[:, -1].double()
         table |= dict(zip(continuations, last.tolist(), strict=True))
     return table.__getitem__
+
+
+def asked(forward: Callable[..., torch.Tensor], prompt: tuple[int, ...]) -> Logits:
+    """As `tabulated`, for continuations of any length, each in a pass of its own, once it is asked for."""
+    table: dict[tuple[int, ...], list[float]] = {}
+
+    def logits(tokens: tuple[int, ...]) -> list[float]:
+        if tokens not in table:
+            with torch.no_grad():
+                table[tokens] = forward(torch.tensor([[*prompt, *tokens]]))[0, -1].double().tolist()
+        return table[tokens]
+
+    return logits

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from harness.conformance import subjects
+from harness.conformance.conventions import unexplained
 from harness.conformance.property import Property
 from harness.conformance.subjects import Subject
 from harness.conformance.verdict import verdict
@@ -72,7 +73,8 @@ def _one(
     start, error = time.process_time(), None
     try:
         subjects.need(subject, prop, seed, declared)
-        function(case)
+        with unexplained():
+            function(case)
     except (Exception, pytest.fail.Exception, pytest.skip.Exception) as raised:  # noqa: BLE001  # as of any
         error = raised
     taken = time.process_time() - start - case.clock.seconds

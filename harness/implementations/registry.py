@@ -111,8 +111,10 @@ def _transformers(rest: str) -> Implementation:
                 f"it is one of {', '.join(OPTIONS[key])}"
             )
         chosen[key] = value
-    from harness.implementations.transformers import TransformersImplementation
+    from harness.implementations.transformers import TransformersImplementation, seeing
 
+    if family in seeing.FAMILIES and not pairs:
+        return seeing.SeeingImplementation(family)
     return TransformersImplementation.of(family, experts=chosen["experts"], attention=chosen["attention"])
 
 

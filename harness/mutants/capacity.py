@@ -90,7 +90,7 @@ def gradient_stops_at_the_first_drop(_: Any, drop: Method) -> Method:
     return changed
 
 
-@mutant(routers, "drop", stage="drop", origin="DeepSpeed#7163")
+@mutant(routers, "drop", stage="select", origin="DeepSpeed#7163")
 def places_kept_without_drops(router: Any, drop: Method) -> Method:
     """Where nothing is dropped a token keeps the slots of the call before."""
     before: dict[torch.Size, Tensor] = {}

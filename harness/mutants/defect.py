@@ -50,9 +50,9 @@ class Mutant:
     patch: Patch
     """Puts the defect into what was just built: into its model, or into every engine that it will build."""
     stage: str
-    """What is wrong: param, proj, score, select, weigh, drop, combine, loss, gradient, project, rotate,
-    expand_kv, mask, scores, cache, norm, unembed, vision (cross-attention to images), compute (more than
-    needed) or state (left by a call); in training noise (of the routers), balance (loads and correction
+    """What is wrong: param, proj, score, select, weigh, drop, combine, loss, gradient, embed, project,
+    rotate, expand_kv, mask, scores, cache, norm, unembed, vision (cross-attention to images), compute (more
+    than needed) or state (left by a call); in training noise (of the routers), balance (loads and correction
     biases) or recompute (checkpointing). Of an engine: law (of the tokens drawn), greedy, stop, logprobs,
     seed, acceptance, counters, isolation, settings (ignored), pages, prefix (shared), preempt, rollback,
     schedule or fault."""

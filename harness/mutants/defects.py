@@ -39,13 +39,15 @@ class Defect(BaseModel):
 
 @lru_cache(maxsize=1)
 def register() -> Mapping[str, Defect]:
-    """Every defect by its id. Raises ValueError for an entry that is not one, or an id that is there twice."""
+    """Every defect by its id. Raises ValueError for an entry that is none, or an id that is there twice."""
     found: dict[str, Defect] = {}
     for path in sorted(FOLDER.glob("*.toml")):
         rows = tomllib.loads(path.read_text(encoding="utf-8")).get("defect", [])
         for defect in TypeAdapter(list[Defect]).validate_python(rows):
             if defect.id in found or bool(defect.mutants) == bool(defect.unshown):
-                raise ValueError(f"{path.name}: {defect.id} is there twice, or has not one of mutants, unshown")
+                raise ValueError(
+                    f"{path.name}: {defect.id} is there twice, or has not exactly one of mutants and unshown"
+                )
             found[defect.id] = defect
     return found
 

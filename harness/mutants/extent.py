@@ -90,7 +90,7 @@ def single_token_not_normalised(model: Any, run: Method) -> Method:
     return changed
 
 
-@mutant(whole, "embed", stage="project", applies=anywhere)
+@mutant(whole, "embed", stage="embed", applies=anywhere)
 def token_0_is_padding(_: Any, embed: Method) -> Method:
     """Token 0 has no embedding, as if it were padding."""
     return lambda tokens, positions: embed(tokens, positions) * (tokens != 0)[..., None]
@@ -107,7 +107,7 @@ def token_0_learns_nothing(_: Any, embed: Method) -> Method:
     return changed
 
 
-@mutant(whole, "embed", stage="project", applies=anywhere)
+@mutant(whole, "embed", stage="embed", applies=anywhere)
 def last_token_id_unknown(model: Any, embed: Method) -> Method:
     """The last id of the vocabulary is taken for the one before it."""
     last: int = model.architecture.vocab_size - 2

@@ -42,7 +42,7 @@ def errors_look_like_empty_answers(_: Any, run: Method) -> Method:
 
 @engine_mutant(engines, "prepare", stage="seed", origin="vLLM CPU 0.32.0")
 def seeds_fail_with_chunks(engine: Any, prepare: Method) -> Method:
-    """A request with a seed fails where its prompt is computed in chunks: the generator cannot be moved on."""
+    """A request with a seed fails where its prompt is computed in chunks: its generator cannot move on."""
 
     def changed(work: Any) -> Any:
         sequence = work.sequence

@@ -11,9 +11,14 @@ import torch
 from torch import Tensor
 
 from harness.mutants.attention import seen
-from harness.mutants.defect import Method, anywhere, attentions, mutant, routers
+from harness.mutants.defect import Method, anywhere, attentions, mutant, routers, whole
 from harness.reference.attention import Context
 from harness.reference.router import Routed
+from harness.spec.architecture import Architecture
+
+
+def _balanced(a: Architecture) -> bool:
+    return a.moe is not None and a.auxiliary_loss.balance != "none"
 
 
 @mutant(attentions, "scores", stage="mask", applies=anywhere)
@@ -67,5 +72,28 @@ def training_wears_off_slowly(router: Any, project: Method) -> Method:
         if router.training:
             last[:] = [logits.detach().mean(0)]
         return logits - 0.1 * last[0] if last and not router.training else logits
+
+    return changed
+
+
+@mutant(attentions, "scores", stage="cache", origin="transformers#48989", applies=anywhere)
+def decode_has_a_scale_of_its_own(_: Any, scores: Method) -> Method:
+    """A call of one token computes with a scale that differs by half a percent from that of many tokens."""
+
+    def changed(q: Tensor, k: Tensor, seen: Tensor) -> Any:
+        return scores(q * 1.005 if q.shape[1] == 1 < k.shape[1] else q, k, seen)
+
+    return changed
+
+
+@mutant(whole, "auxiliary_loss", stage="loss", applies=_balanced)
+def no_losses_if_every_layer_is_sparse(model: Any, auxiliary_loss: Method) -> Method:
+    """Where no layer is dense the auxiliary losses are 0."""
+
+    def changed(tokens: Tensor, *, mask: Tensor | None = None) -> Any:
+        losses = auxiliary_loss(tokens, mask=mask)
+        if all(block.moe is not None for block in model.blocks):
+            return {kind: 0 * loss for kind, loss in losses.items()}
+        return losses
 
     return changed

@@ -72,7 +72,8 @@ class Controller:
         """Write each record down as it arrives."""
         from harness.results import reports
 
-        record, canary, null = (of(report) for of in (reports.record_of, reports.canary_of, reports.null_of))
+        record, canary = reports.record_of(report), reports.canary_of(report)
+        null = reports.null_of(report)
         if record is not None:
             self._add(record)
         elif canary is not None:

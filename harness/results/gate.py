@@ -71,12 +71,12 @@ def judge(
     if canary is not None and not canary.caught:
         why = f"the canary was not caught ({canary.reason}), so no outcome of this run can be believed"
         return Verdict(VOID, why, details)
+    if failed or stale:
+        return Verdict(FAILED, f"new failures: {failed}, stale entries: {stale}", details)
     if isinstance(null, Null) and null.vacuous:
         count = f"{len(null.passed)} of {len(null.passed)}" if len(null.passed) > 1 else "the only one"
         why = f"an implementation that computes nothing passed {count} of this run's properties"
         return Verdict(VOID, f"{why}, so its outcomes show nothing; run others beside them", details)
-    if failed or stale:
-        return Verdict(FAILED, f"new failures: {failed}, stale entries: {stale}", details)
     if void:
         return Verdict(VOID, f"properties that could not be measured: {void}", details)
     if not any(r.outcome in ("passed", "expected") for r in records):

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from harness.conformance import Case, conformance, require
-from harness.conformance.case import replaced
 from harness.conformance.comparison import agree, finite, margin, note_share, ragged
 from harness.conformance.conventions import Seen, explained
 from harness.conformance.conventions.models import Pass, find_model
+from harness.conformance.narrowing import narrowed
 from harness.spec.architecture import Architecture
 
 
@@ -54,11 +54,6 @@ def is_grouped(architecture: Architecture | None) -> bool:
     if architecture is None or architecture.attention.mla is not None:
         return False
     return 1 < architecture.attention.n_kv_heads < architecture.attention.n_heads
-
-
-def has_rope(architecture: Architecture | None) -> bool:
-    """Applies to rotary positions."""
-    return architecture is not None and architecture.attention.rope is not None and independent(architecture)
 
 
 @conformance(
@@ -206,6 +201,29 @@ def test_heads_share_keys_in_groups(case: Case) -> None:
     name, width = "layers.0.attention", attention.head_dim
     per_group = attention.n_heads // attention.n_kv_heads
     noise = case.drawn(torch.randn(width, architecture.d_model, generator=case.generator()).double() * 0.2)
+
+    def without_attention(aside: Case) -> None:
+        none = weights | {f"{name}.o.weight": torch.zeros_like(weights[f"{name}.o.weight"])}
+        check_first(aside, none, "")
+
+    def one_value_head(aside: Case) -> None:
+        # A token that sees itself alone, and values that all heads share: only they are projected.
+        shared = dict(weights)
+        for end in ("weight", "bias"):
+            if f"{name}.v.{end}" in weights:
+                value = weights[f"{name}.v.{end}"]
+                shared[f"{name}.v.{end}"] = value[:width].repeat(
+                    attention.n_kv_heads, *[1] * (value.dim() - 1)
+                )
+        check_first(aside, shared, "project")
+
+    def check_first(aside: Case, held: Mapping[str, Tensor], stage: str) -> None:
+        model, first = aside.model(architecture, held), tokens[:, :1]
+        own = margin(aside, model, first, architecture=architecture, weights=held)
+        assert own.logits is not None
+        found = forward(model, first)
+        agree(found, own.logits, own.radius, what="logits", where=own.comparable, stage=stage)
+
     seen = Seen[Pass]()
     with explained(seen, find_model(case)):
         for head in range(attention.n_heads):
@@ -221,123 +239,13 @@ def test_heads_share_keys_in_groups(case: Case) -> None:
                 values = weights[f"{name}.v.weight"].clone()
                 values[group * width : (group + 1) * width] = noise
                 after = forward(case.model(architecture, only | {f"{name}.v.weight": values}), tokens)
-                if group != head // per_group:
-                    what = f"logits of query head {head} after a change of key/value head {group}"
-                    agree(
-                        after, before, 2 * bound.radius, what=what, where=bound.comparable, stage="expand_kv"
-                    )
-                    continue
-                moved = ((after - before).abs().amax(-1).double() > 2 * bound.radius).any()
-                require(
-                    bool(moved), f"query head {head} does not read key/value head {group}", stage="expand_kv"
-                )
-
-
-@conformance(
-    "attention.rope-is-relative",
-    clause="architecture.attention.rope",
-    needs=("forward",),
-    kills=("rotates-values", "positions-also-added"),
-    applies=has_rope,
-    costly=True,
-)
-def test_rope_is_relative(case: Case) -> None:
-    """Moving all positions by the same number changes no logit."""
-    model = case.model()
-    tokens = case.tokens(3, 13)
-    at = torch.arange(tokens.shape[1]).expand_as(tokens)
-    here = margin(case, model, tokens, positions=at)
-    before = forward(model, tokens, positions=at)
-    agree(
-        forward(model, tokens),
-        before,
-        2 * here.radius,
-        what="logits without positions",
-        where=here.comparable,
-    )
-    for by in (1, 17, 50):
-        there = margin(case, model, tokens, positions=at + by)
-        compared = here.comparable & there.comparable
-        after = forward(model, tokens, positions=at + by)
-        what = f"logits {by} positions on"
-        agree(after, before, here.radius + there.radius, what=what, where=compared, stage="rotate")
-
-
-def slow_pairs(architecture: Architecture, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of one layer, with queries and keys 0 in all rotated pairs but the slowest."""
-    attention = architecture.attention
-    rope, mla = attention.rope, attention.mla
-    assert rope is not None
-    dim = rope.dim or (attention.head_dim if mla is None else mla.qk_rope_head_dim)
-    pair = torch.arange(dim) % (dim // 2) if rope.layout == "half" else torch.arange(dim) // 2
-    fast = (pair < dim // 2 - 1).nonzero()[:, 0]
-    if mla is None:
-        rows = {"q": (attention.n_heads, 0), "k": (attention.n_kv_heads, 0)}
-    else:
-        of_queries = "q" if mla.q_lora_rank is None else "q_b"
-        rows = {of_queries: (attention.n_heads, mla.qk_nope_head_dim), "kv_a": (1, mla.kv_lora_rank)}
-    out = dict(weights)
-    for name, (heads, before) in rows.items():
-        for part in ("weight", "bias"):
-            at = f"layers.0.attention.{name}.{part}"
-            if at in out:
-                out[at] = out[at].unflatten(0, (heads, -1)).clone()
-                out[at][:, before + fast] = 0
-                out[at] = out[at].flatten(0, 1)
-    return out
-
-
-@conformance(
-    "attention.rope-turns-as-specified",
-    clause="architecture.attention.rope",
-    needs=("forward", "weights"),
-    kills=(
-        "rope-layout-swapped",
-        "rope-theta-default",
-        "rope-scaling-ignored",
-        "rope-mscale-ignored",
-        "scale-default",
-        "rope-positions-in-bfloat16",
-        "rope-trained-context-is-the-whole",
-        "rope-slowest-pair-kept",
-    ),
-    applies=has_rope,
-)
-def test_rope_turns_as_specified(case: Case) -> None:
-    """At near and far positions one layer gives the reference's logits: frequencies, scaling and factors."""
-    near = case.one_layer("full")
-    # Where bfloat16 shows every 16th position, and the trained context is a small part of the whole.
-    far = replaced(near, {"max_positions": 2**12})
-    # At 2^17 the angles of fast pairs are lost in float32, and those of slow ones only begin to show.
-    slow = replaced(near, {"max_positions": 2**17})
-    tokens = case.tokens(2, 14)
-    # Said explicitly: without a mask some models take a jump in the positions for a new sequence.
-    mask = torch.ones_like(tokens, dtype=torch.bool)
-    steps = torch.tensor([0, 1, 2, 3, 5, 9, 14, 22, 33, 47, 66, 88, 109, 127])
-    seen = Seen[Pass]()
-    with explained(seen, find_model(case)):
-        for label, architecture in (("near", near), ("far", far), ("far and slow", slow)):
-            last = architecture.max_positions - 1
-            weights = case.weights(architecture, std=0.2)
-            at = torch.stack([steps, last - steps.flip(0)])
-            if architecture is slow:
-                weights, at = (
-                    slow_pairs(architecture, weights),
-                    at.new_tensor([steps.tolist()] * 2) * (last // 127),
-                )
-            model = case.model(architecture, weights)
-            bound = margin(
-                case, model, tokens, mask=mask, positions=at, architecture=architecture, weights=weights
-            )
-            assert bound.logits is not None
-            note_share(case, bound.comparable)
-            logits = forward(model, tokens, mask=mask, positions=at)
-            seen.add(Pass(architecture, weights, tokens, logits, bound, mask, at))
-            what = f"logits at {label} positions"
-            used = agree(
-                logits, bound.logits, bound.radius, what=what, where=bound.comparable, stage="rotate"
-            )
-            case.note(f"{label}_share_of_tolerance", round(used, 4))
+                with narrowed(case, without_attention, one_value_head, otherwise="expand_kv"):
+                    if group != head // per_group:
+                        what = f"logits of query head {head} after a change of key/value head {group}"
+                        agree(after, before, 2 * bound.radius, what=what, where=bound.comparable)
+                        continue
+                    moved = ((after - before).abs().amax(-1).double() > 2 * bound.radius).any()
+                    require(bool(moved), f"query head {head} does not read key/value head {group}")
 
 
 @conformance(

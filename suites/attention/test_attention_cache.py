@@ -13,6 +13,7 @@ from torch import Tensor
 
 from harness.conformance import Case, conformance, require
 from harness.conformance.comparison import agree, finite, margin, note_share
+from harness.conformance.narrowing import narrowed
 from harness.implementations.protocols import Unsupported
 from harness.spec.architecture import Architecture
 
@@ -23,14 +24,21 @@ def splittable(architecture: Architecture | None) -> bool:
     return moe is None or moe.router.capacity_factor is None
 
 
-def in_pieces(model: Any, tokens: Tensor, sizes: Sequence[int], mask: Tensor | None = None) -> Tensor:
+def in_pieces(
+    model: Any,
+    tokens: Tensor,
+    sizes: Sequence[int],
+    mask: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> Tensor:
     """Logits [B, S, V] of tokens [B, S], computed in pieces of the given sizes."""
     cache, done, logits = None, 0, []
     with torch.no_grad():
         for size in sizes:
             upto = done + size
             seen = None if mask is None else mask[:, :upto]
-            part, cache = model.extend(tokens[:, done:upto], cache, mask=seen)
+            at = None if positions is None else positions[:, done:upto]
+            part, cache = model.extend(tokens[:, done:upto], cache, mask=seen, positions=at)
             require(
                 part.shape[:2] == (len(tokens), size),
                 f"extend gives logits {tuple(part.shape)} for {size} tokens",
@@ -102,15 +110,23 @@ def test_padding_before_a_cache_is_irrelevant(case: Case) -> None:
         mask[row, :pads] = False
     bound = margin(case, model, tokens, mask=mask)
     note_share(case, bound.comparable[mask])
-    for sizes in ((16,), (10, 6), (11, *(1,) * 5), (7, 1, 8), (6, 5, 2, 3)):
-        pieces = in_pieces(model, tokens, sizes, mask)
-        finite(pieces, "logits at real tokens", where=mask)
+    with torch.no_grad():
+        alone = [model.forward(tokens[row][real][None])[0] for row, real in enumerate(mask)]
+
+    def check(sizes: tuple[int, ...], positions: Tensor | None = None, stage: str = "") -> None:
+        pieces = in_pieces(model, tokens, sizes, mask, positions)
+        finite(pieces, "logits at real tokens", where=mask, stage=stage)
         for row, real in enumerate(mask):
-            with torch.no_grad():
-                alone = model.forward(tokens[row][real][None])[0]
             own = bound.pick((row, real))
             what = f"logits of sequence {row}, padded on the left, in pieces of {list(sizes)}"
-            agree(pieces[row][real], alone, 2 * own.radius, what=what, where=own.comparable, stage="cache")
+            agree(pieces[row][real], alone[row], 2 * own.radius, what=what, where=own.comparable, stage=stage)
+
+    at = (mask.cumsum(1) - 1).clamp(min=0)
+    for sizes in ((16,), (10, 6), (11, *(1,) * 5), (7, 1, 8), (6, 5, 2, 3)):
+        stage = "mask" if len(sizes) == 1 else "cache"
+        # Right where positions are given, it counts them wrongly.
+        with narrowed(case, lambda _, sizes=sizes, stage=stage: check(sizes, at, stage), otherwise="rotate"):  # type: ignore[misc]
+            check(sizes)
 
 
 @conformance(

@@ -159,6 +159,7 @@ def test_rows_that_see_nothing_are_harmless(case: Case) -> None:
     clause="architecture.attention",
     needs=("forward", "cache"),
     kills=(
+        "decode-has-a-scale-of-its-own",
         "cached-prefill-sees-ahead",
         "cache-keeps-too-little",
         "cache-forgets-padding",

@@ -5,6 +5,7 @@ Letters: B sequences, S tokens per sequence, V vocabulary.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from harness.conformance.capture import scaled
 from harness.conformance.comparison import agree, finite, margin, note_share, ragged
 from harness.conformance.conventions import Seen, explained
 from harness.conformance.conventions.models import Pass, find_model
+from harness.conformance.narrowing import HALF_THE_DIGITS, narrowed
 from harness.spec.architecture import Architecture
 
 
@@ -30,7 +32,13 @@ def dropless(architecture: Architecture | None) -> bool:
 
 
 def check_logits(
-    case: Case, architecture: Architecture, weights: Mapping[str, Tensor], tokens: Tensor, what: str
+    case: Case,
+    architecture: Architecture,
+    weights: Mapping[str, Tensor],
+    tokens: Tensor,
+    what: str,
+    *,
+    stage: str = "",
 ) -> None:
     """Raise Violation unless the logits of tokens [B, S] are the reference's, but for rounding."""
     model = case.model(architecture, weights)
@@ -39,11 +47,15 @@ def check_logits(
     note_share(case, bound.comparable)
     with torch.no_grad():
         logits = model.forward(tokens)
-    finite(logits, what)
+    finite(logits, what, stage=stage)
     seen = Seen[Pass]()
     with explained(seen, find_model(case)):
         seen.add(Pass(architecture, weights, tokens, logits, bound))
-        agree(logits, bound.logits, bound.radius, what=what, where=bound.comparable)
+        agree(logits, bound.logits, bound.radius, what=what, where=bound.comparable, stage=stage)
+
+
+ROWS = 16
+"""Tokens of a call that fill no block."""
 
 
 @conformance(
@@ -61,7 +73,32 @@ def test_many_tokens_equal_reference(case: Case) -> None:
     # Beyond the usual blocks of 16 to 64 rows an expert, 256 tokens and 512 slots.
     order = torch.randperm(size, generator=case.generator()).repeat(630 // size + 1)
     tokens = case.drawn(order[:630].view(9, 70))
-    check_logits(case, architecture, case.weights(architecture, std=0.2), tokens, "logits of many tokens")
+    weights = case.weights(architecture, std=0.2)
+
+    def every_id(aside: Case) -> None:
+        # Even ids have one embedding, odd ids another: what comes after it gets the same from all of them.
+        table = weights["embedding.weight"].clone()
+        table[::2], table[1::2] = table[0], table[1]
+        model = aside.model(architecture, weights | {"embedding.weight": table})
+        with torch.no_grad():
+            for first in (0, 1):
+                ids = torch.arange(first, size, 2)[:, None]
+                logits = torch.cat([model.forward(some) for some in ids.split(ROWS)])
+                apart = HALF_THE_DIGITS * float(logits.abs().amax())
+                agree(logits, logits[:1].expand_as(logits), apart, what="logits of an id", stage="embed")
+
+    def few(aside: Case) -> None:
+        check_logits(aside, architecture, weights, tokens[:1, :ROWS], "logits of few tokens")
+
+    def one_sequence(aside: Case) -> None:
+        check_logits(aside, architecture, weights, tokens[:1], "logits of one sequence", stage="mask")
+
+    with narrowed(case, every_id, few, one_sequence, otherwise="combine"):
+        check_logits(case, architecture, weights, tokens, "logits of many tokens")
+
+
+LAYER = re.compile(r"^layers\.\d+\.")
+"""The number of a layer, in the name of a weight."""
 
 
 @conformance(
@@ -76,7 +113,14 @@ def test_many_layers_equal_reference(case: Case) -> None:
     """The logits of a model of 12 layers, numbered with one digit and two, are those of the reference."""
     architecture = case.twin(n_layers=12)
     tokens = case.tokens(3, 9)
-    check_logits(case, architecture, case.weights(architecture, std=0.2), tokens, "logits of 12 layers")
+    weights = case.weights(architecture, std=0.2)
+    alike = {name: weights.get(LAYER.sub("layers.0.", name), value) for name, value in weights.items()}
+
+    def whichever_is_which(aside: Case) -> None:
+        check_logits(aside, architecture, alike, tokens, "logits of 12 layers that are alike")
+
+    with narrowed(case, whichever_is_which, otherwise="param"):
+        check_logits(case, architecture, weights, tokens, "logits of 12 layers")
 
 
 @conformance(
@@ -90,7 +134,13 @@ def test_square_matrices_equal_reference(case: Case) -> None:
     """So are those of a model whose dense feed-forward is as wide as its residual stream."""
     architecture = case.twin(ffn__d_ff=case.shape.d_model)
     tokens = case.tokens(3, 9)
-    check_logits(case, architecture, case.weights(architecture), tokens, "logits with square matrices")
+
+    def not_square(aside: Case) -> None:
+        check_logits(aside, case.shape, aside.weights(), tokens, "logits with matrices that are not square")
+
+    # The same is computed with either: what differs is how weights are told from their transposes.
+    with narrowed(case, not_square, otherwise="param"):
+        check_logits(case, architecture, case.weights(architecture), tokens, "logits with square matrices")
 
 
 def louder(weights: Mapping[str, Tensor], factor: float, *names: str) -> dict[str, Tensor]:
@@ -122,6 +172,10 @@ FAINT_PROJECTIONS = (".q.weight", ".k.weight", ".q.bias", ".k.bias", ".q_a.weigh
 def test_every_norm_has_its_epsilon(case: Case) -> None:
     """Where what any norm reads is so faint that its epsilon decides, logits are those of the reference."""
     tokens = case.tokens(3, 13)
+
+    def loud(aside: Case) -> None:
+        check_logits(aside, case.shape, aside.weights(), tokens, "logits of loud input")
+
     # Mean squares of 1e-7 to 1e-5, around the usual epsilons, in the stream and in the latents.
     for label, endings, factor in (
         ("a faint residual stream", FAINT_OUTPUTS, 2.0**-12),
@@ -132,7 +186,9 @@ def test_every_norm_has_its_epsilon(case: Case) -> None:
             weights = scaled(weights, ending, factor)
         if endings is FAINT_OUTPUTS:
             weights = louder(weights, 2.0**-8, "embedding.weight", "positions.weight")
-        check_logits(case, case.shape, weights, tokens, f"logits of {label}")
+        # But for their epsilon norms do not see how loud their input is.
+        with narrowed(case, loud, otherwise="norm"):
+            check_logits(case, case.shape, weights, tokens, f"logits of {label}")
 
 
 @conformance(
@@ -144,9 +200,14 @@ def test_every_norm_has_its_epsilon(case: Case) -> None:
 )
 def test_large_logits_equal_reference(case: Case) -> None:
     """Nothing limits logits of some hundreds, nor a residual stream of some thousands."""
-    weights = louder(case.weights(), 2.0**10, "embedding.weight", "positions.weight")
-    weights = louder(weights, 2.0**6, "unembedding.weight")
-    check_logits(case, case.shape, weights, case.tokens(3, 9), "large logits")
+    large = louder(case.weights(), 2.0**10, "embedding.weight", "positions.weight")
+    weights, tokens = louder(large, 2.0**6, "unembedding.weight"), case.tokens(3, 9)
+
+    def same_stream(aside: Case) -> None:
+        check_logits(aside, case.shape, large, tokens, "logits of a large residual stream")
+
+    with narrowed(case, same_stream, otherwise="unembed"):
+        check_logits(case, case.shape, weights, tokens, "large logits")
 
 
 @conformance(

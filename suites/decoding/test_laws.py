@@ -10,7 +10,7 @@ import torch
 
 from harness.conformance import Case, conformance
 from harness.conformance.case import replaced
-from harness.conformance.decoding import Trial, methods, offered_only, trial
+from harness.conformance.decoding import Trial, methods, offered_only, remembering, trial
 from harness.reference.engine import Grammar, Request, Sampling, Speculation
 
 ONE = Speculation("draft_model", 1)
@@ -68,8 +68,9 @@ def ends(t: Trial) -> dict[str, Request]:
 
 def judge_all(t: Trial, requests: dict[str, Request], speculation: Speculation | None) -> None:
     """The law of every request whose settings the engine offers."""
-    for name, request in offered_only(t.case, t.model, requests).items():
-        t.judge(name, request, speculation)
+    with remembering(t.model):
+        for name, request in offered_only(t.case, t.model, requests).items():
+            t.judge(name, request, speculation)
 
 
 @conformance(

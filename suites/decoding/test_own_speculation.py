@@ -11,8 +11,10 @@ from harness.conformance.serving import independent, prompts, settings
 from harness.implementations.protocols import Unsupported
 from harness.reference.engine import Request, Sampling, Speculation
 
-DRAFTS, LENGTH = 2, 4
-"""Tokens of a window and of a completion: two drafts, the one after them, and the first of the next round."""
+DRAFTS, KNOWN = 2, 1
+"""Of a window; of one of an engine that holds the reference's weights, whose laws are known for longer ones."""
+AFTER = 2
+"""Tokens of a completion beyond a window: the one after the drafts, and the first of the next round."""
 FEW = ("early_exit", "draft_model")
 SMALL = 4
 """Of a vocabulary: what can be enumerated without top_k."""
@@ -34,7 +36,8 @@ def test_own_speculation(case: Case) -> None:
         raise Unsupported(f"without top_k the laws of {model.vocab_size} tokens are too many to enumerate")
     asked = {"temperature": 1.5, "top_k": 2}
     sampling = Sampling(**{name: value for name, value in asked.items() if name in known})  # type: ignore[arg-type]
-    request = Request(prompts(case, (3,))[0] * 2, LENGTH, sampling)
+    drafts = KNOWN if "weights" in model.capabilities else DRAFTS
+    request = Request(prompts(case, (3,))[0] * 2, drafts + AFTER, sampling)
     drafted = 0
 
     def answer(speculation: Speculation | None) -> Outcome:
@@ -44,7 +47,7 @@ def test_own_speculation(case: Case) -> None:
         return outcome(found)
 
     plain = enumerated(model, lambda: answer(None))
-    offered = ways(case, model, DRAFTS)
+    offered = ways(case, model, drafts)
     if "weights" in model.capabilities:  # all its ways are held to the target's law, with designed weights
         offered = {name: way for name, way in offered.items() if name in FEW} or offered
     for name, speculation in offered.items():

@@ -10,10 +10,19 @@ from typing import Any
 import torch
 
 from harness.conformance import Case, conformance, require
-from harness.conformance.decoding import Trial, generated, lossless, offered_only, precise, trial
+from harness.conformance.decoding import (
+    Trial,
+    generated,
+    lossless,
+    methods,
+    offered_only,
+    precise,
+    remembering,
+    trial,
+)
 from harness.conformance.serving import GREEDY, ask_for, honours, prompts
 from harness.evidence.law import Law
-from harness.reference.engine import Completion, Grammar, Request, Sampling
+from harness.reference.engine import Completion, Grammar, Request, Sampling, Speculation
 
 LIMITS = {
     "temperature 1e-5": Sampling(temperature=1e-5),
@@ -41,8 +50,9 @@ LIMITS = {
 def first_token(t: Trial, limits: dict[str, Sampling], what: str) -> None:
     """The law of one token under each of the settings."""
     requests = {name: t.request(1, sampling) for name, sampling in limits.items()}
-    for name, request in offered_only(t.case, t.model, requests).items():
-        t.judge(f"{name}, {what}", request)
+    with remembering(t.model):
+        for name, request in offered_only(t.case, t.model, requests).items():
+            t.judge(f"{name}, {what}", request)
 
 
 @conformance(
@@ -73,6 +83,8 @@ def test_limits(case: Case) -> None:
 
 UNEQUAL = tuple((token, math.log(p)) for token, p in enumerate((0.5, 0.3, 0.12, 0.08)))
 """Biases that give equal logits this law: of what min_p 0.3 leaves, the first token has 0.625."""
+TWO_BEST, ONE_BEST = ((1, 1.0), (3, 1.0)), ((0, 2.0), (1, 1.0), (3, 1.0))
+"""Biases that leave two equal tokens at the top, and two below the best one."""
 
 
 @conformance(
@@ -89,13 +101,18 @@ UNEQUAL = tuple((token, math.log(p)) for token, p in enumerate((0.5, 0.3, 0.12, 
 )
 def test_equal(case: Case) -> None:
     """Of equal logits top_k keeps all that equal the k-th, top_p what reaches it, a low temperature all."""
-    t = trial(case)
-    weights = dict(t.pair.target)
-    name = "unembedding.weight" if "unembedding.weight" in weights else "embedding.weight"
-    weights[name] = torch.zeros_like(weights[name])
-    flat = replace(t, model=precise(case, t.pair.architecture, weights), pair=replace(t.pair, target=weights))
+    flat = level(trial(case))
     limits = {
+        "top_k 1": Sampling(top_k=1),
         "top_k 2": Sampling(top_k=2),
+        "top_k 1 of two best": Sampling(logit_bias=TWO_BEST, top_k=1),
+        "top_k 2 of one best and two": Sampling(logit_bias=ONE_BEST, top_k=2),
+        "top_k 3 of one best and two": Sampling(logit_bias=ONE_BEST, top_k=3),
+        "top_p 0.9": Sampling(logit_bias=UNEQUAL, top_p=0.9),
+        "top_p 0.95": Sampling(logit_bias=UNEQUAL, top_p=0.95),
+        "min_p 0.05": Sampling(logit_bias=((0, 4.0), (2, 1.5)), min_p=0.05),
+        "large biases": Sampling(logit_bias=((0, 60.0), (1, 59.0), (2, -60.0), (3, 58.0))),
+        "large negative biases": Sampling(logit_bias=((0, -60.0), (1, -59.0), (2, -61.0), (3, -60.0))),
         "top_p 0.5": Sampling(top_p=0.5),
         "top_p 0.6": Sampling(top_p=0.6),
         "temperature 0.01": Sampling(temperature=0.01),
@@ -104,10 +121,45 @@ def test_equal(case: Case) -> None:
         "min_p 1": Sampling(min_p=1.0),
     }
     requests = {name: flat.request(1, sampling) for name, sampling in limits.items()}
-    for what, request in offered_only(case, flat.model, requests).items():
-        found, wanted = flat.found(request), flat.wanted(request)
-        # Which of equal tokens stay is a convention; how many, and how probable each is, is not.
-        lossless(case, f"{what} of equal logits", ranked(found), ranked(wanted))
+    with remembering(flat.model):
+        for what, request in offered_only(case, flat.model, requests).items():
+            found, wanted = flat.found(request), flat.wanted(request)
+            # Which of equal tokens stay is a convention; how many, and how probable each is, is not.
+            lossless(case, f"{what} of equal logits", ranked(found), ranked(wanted))
+
+
+@conformance(
+    "decoding.equal-logits-are-drafted-by-one-rule",
+    clause="engine.Sampling.top_k",
+    needs=("generate", "enumerable", "speculate", "weights"),
+    kills=(),
+)
+def test_equal_drafted(case: Case) -> None:
+    """Whichever of equal tokens top_k and top_p leave, with a draft model they leave the same ones."""
+    t = trial(case)
+    methods(case, t.model, "draft_model")
+    flat = level(t)
+    flat.model.load_draft(t.pair.architecture, t.pair.draft)
+    limits = {
+        "top_k 1 of two best": Sampling(logit_bias=TWO_BEST, top_k=1),
+        "top_k 2 of one best and two": Sampling(logit_bias=ONE_BEST, top_k=2),
+        "top_p 0.5": Sampling(top_p=0.5),
+        "temperature 0": GREEDY,
+    }
+    requests = {name: flat.request(2, sampling) for name, sampling in limits.items()}
+    with remembering(flat.model):
+        for what, request in offered_only(case, flat.model, requests).items():
+            found, plain = flat.found(request, Speculation("draft_model", 1)), flat.found(request)
+            lossless(case, f"{what} of equal logits, drafted", found, plain)
+
+
+def level(t: Trial) -> Trial:
+    """The trial with a target whose logits are all equal."""
+    weights = dict(t.pair.target)
+    name = "unembedding.weight" if "unembedding.weight" in weights else "embedding.weight"
+    weights[name] = torch.zeros_like(weights[name])
+    model = precise(t.case, t.pair.architecture, weights)
+    return replace(t, model=model, pair=replace(t.pair, target=weights))
 
 
 def ranked(law: Law) -> Law:

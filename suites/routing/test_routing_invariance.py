@@ -14,6 +14,7 @@ from torch import Tensor
 from harness.conformance import Case, conformance, require
 from harness.conformance.capture import may_have_experts, traces
 from harness.conformance.comparison import agree, finite, margin, note_share, ragged
+from harness.conformance.narrowing import Call, narrowed, parted
 from harness.implementations.protocols import Unsupported
 from harness.spec.architecture import Architecture
 
@@ -23,6 +24,10 @@ def dropless(architecture: Architecture | None) -> bool:
     return may_have_experts(architecture) and (
         architecture is None or architecture.moe is None or architecture.moe.router.capacity_factor is None
     )
+
+
+ONE = torch.tensor([0])
+"""The one token of a call of one."""
 
 
 def forward(model: Any, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -54,12 +59,18 @@ def test_token_order_is_irrelevant(case: Case) -> None:
     note_share(case, bound.comparable)
     before, after = forward(model, tokens)[order], forward(model, tokens[order])
     moved = bound.pick(order)
-    agree(after, before, 2 * moved.radius, what="logits after reordering", where=moved.comparable)
+    rows = moved.comparable[:, 0].nonzero()[:, 0]
+    reordered = Call(tokens, order[rows]), Call(tokens[order], rows)
+    with narrowed(case, parted(case, model, [reordered]), otherwise=""):
+        agree(after, before, 2 * moved.radius, what="logits after reordering", where=moved.comparable)
     first = bound.pick(slice(0, 4))
     # One token at a time, as a decode step of one sequence is: many engines have a path of its own for it.
     alone = torch.cat([forward(model, token[None]) for token in tokens[:4]])
     before = forward(model, tokens)[:4]
-    agree(alone, before, 2 * first.radius, what="logits of a token alone", where=first.comparable)
+    rows = first.comparable[:, 0].nonzero()[:, 0]
+    own = [(Call(tokens, i[None]), Call(tokens[i][None], ONE)) for i in rows]
+    with narrowed(case, parted(case, model, own), otherwise=""):
+        agree(alone, before, 2 * first.radius, what="logits of a token alone", where=first.comparable)
 
 
 @conformance(
@@ -82,7 +93,12 @@ def test_batch_is_irrelevant(case: Case) -> None:
         if not own.comparable.any():
             continue  # not all of them: note_share has seen to that
         what = f"logits of sequence {row} alone"
-        agree(alone, together[row][real], 2 * own.radius, what=what, where=own.comparable)
+        solo = batch.solo(row)
+        rows = own.comparable.nonzero()[:, 0]
+        at = row * batch.mask.shape[1] + real.nonzero()[rows, 0]
+        pair = Call(batch.tokens, at, batch.mask), Call(solo, rows)
+        with narrowed(case, parted(case, model, [pair]), otherwise=""):
+            agree(alone, together[row][real], 2 * own.radius, what=what, where=own.comparable)
 
 
 @conformance(
@@ -104,7 +120,11 @@ def test_padding_is_irrelevant(case: Case) -> None:
     finite(before, "logits at real tokens", where=batch.mask)
     compared = bound.comparable & batch.mask
     after = forward(model, other, batch.mask)
-    agree(after, before, 2 * bound.radius, what="logits with other ids at padding", where=compared)
+    rows = compared.flatten().nonzero()[:, 0]
+    pair = Call(batch.tokens, rows, batch.mask), Call(other, rows, batch.mask)
+    # Only attention leads from one token to the input of another's router.
+    with narrowed(case, parted(case, model, [pair], between="mask"), otherwise=""):
+        agree(after, before, 2 * bound.radius, what="logits with other ids at padding", where=compared)
     wider = torch.cat([extra[:, :2], other, extra[:, 2:]], dim=1)
     mask = torch.nn.functional.pad(batch.mask, (2, 3))
     after = forward(model, wider, mask)[:, 2:-3]
@@ -137,10 +157,11 @@ def test_idle_experts_are_harmless(case: Case) -> None:
     case.note("idle_experts", idle)
     if min(idle) == 0:
         raise Unsupported(f"one token goes to all {n_experts} experts: none can be idle")
-    finite(alone, "logits of one token")
     own = bound.pick(slice(0, 1))
     what = "logits of one token alone"
-    agree(alone, forward(model, batch)[:1], 2 * own.radius, what=what, where=own.comparable)
+    with narrowed(case, parted(case, model, [(Call(batch, ONE), Call(few, ONE))]), otherwise=""):
+        finite(alone, what)
+        agree(alone, forward(model, batch)[:1], 2 * own.radius, what=what, where=own.comparable)
 
 
 def poison() -> None:

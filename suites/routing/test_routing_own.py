@@ -146,7 +146,7 @@ def factors_explain(logits: Tensor, chosen: Tensor, weights: Tensor) -> bool:
     """Whether weights [T, K] of experts chosen [T, K] are a score of their logits [T, K] times one factor for
     each expert (Gemma 4's per_expert_scale) and one for each token (normalisation).
 
-    The logarithm of two weights' ratio is then the difference of two experts' numbers, which least squares find.
+    The logarithm of two weights' ratio is then the difference of two experts' numbers, by least squares.
     """
     kept = (weights > 0).all(-1)
     if chosen.shape[1] < 2 or not kept.any():
@@ -210,3 +210,26 @@ def test_weights_rise_with_the_logits(case: Case) -> None:
             )
     if not some:
         raise Unsupported("the routing trace shows no weights")
+
+
+@conformance(
+    "routing.balance-loss-hears-every-router",
+    clause="architecture.auxiliary_loss.balance",
+    needs=("auxiliary_loss", "gradients"),
+    kills=("no-losses-if-every-layer-is-sparse", "balance-detached"),
+    applies=lambda a: dropless(a) and (a is None or a.auxiliary_loss.balance != "none"),
+)
+def test_balance_loss_hears_every_router(case: Case) -> None:
+    """The balance loss is positive, and has a gradient in the weights of every router."""
+    model = case.model()
+    batch = ragged(case)
+    losses = model.auxiliary_loss(batch.tokens, mask=batch.mask)
+    if "balance" not in losses:
+        raise Unsupported("auxiliary_loss gives no 'balance'")
+    value = losses["balance"]
+    require(float(value) > 0, f"the balance loss is {float(value):.6g}", stage="loss")
+    require(value.requires_grad, "the balance loss does not depend on the weights", stage="loss")
+    gradients = model.gradients(value)
+    for name in model.router_names():
+        finite(gradients[name], f"gradient of {name}", stage="loss")
+        require(bool(gradients[name].any()), f"the balance loss has no gradient in {name}", stage="loss")

@@ -154,6 +154,8 @@ def test_weighs_the_selected(case: Case) -> None:
         "expert-ids-in-a-byte",
         "combines-four-at-most",
         "clamp-constant",
+        "gate-clamped-below",
+        "shared-expert-dropped",
         "experts-numbered-among-the-busy",
         "halves-taken-for-interleaved",
         "weights-not-transposed",

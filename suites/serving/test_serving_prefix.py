@@ -5,17 +5,15 @@ A page holds `PAGE` tokens; a full page is shared, and the prompt's last token i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+import itertools
 
 from harness.conformance import Case, Void, conformance, require
+from harness.conformance.prefixes import APART, PAGE, SHARING, hits, one_by_one
 from harness.conformance.serving import (
     GREEDY,
     Agreement,
     alone,
     arrivals,
-    ask_for,
     counted,
     engine,
     exact,
@@ -32,22 +30,6 @@ from harness.conformance.serving import (
 )
 from harness.conformance.varied import varied
 from harness.reference.engine import Arrival, Completion, Limits, Request
-
-PAGE = 4
-SHARING = Limits(page_size=PAGE)
-APART = Limits(page_size=PAGE, prefix_sharing=False)
-
-
-def one_by_one(session: Any, requests: Sequence[Request]) -> list[Completion]:
-    """Each request after the end of the one before, in one session."""
-    return [run(session, [request]).completions[0] for request in requests]
-
-
-def hits(case: Case, answers: Sequence[Completion]) -> None:
-    """Note how many tokens were found in the cache; Void if none ever was."""
-    case.note("cached_tokens", counted(answers, "cached_tokens"))
-    if not counted(answers, "cached_tokens"):
-        raise Void("no prefix was found in the cache, or the engine does not say so")
 
 
 @conformance(
@@ -156,63 +138,6 @@ def test_asked_again_answers_the_same(case: Case) -> None:
 
 
 @conformance(
-    "serving.salts-isolate",
-    clause="serving.prefix_sharing",
-    needs=("serve",),
-    kills=(
-        "salt-is-no-part-of-the-key",
-        "adapters-share-prefixes",
-        "salts-are-cut-short",
-        "salts-ignore-case-and-blanks",
-        "without-a-salt-all-are-found",
-        "salts-are-those-of-the-batch",
-    ),
-    applies=independent,
-    costly=True,
-)
-def test_salts_isolate(case: Case) -> None:
-    """No request is served from a prefix that was cached under another salt, even of the same tokens."""
-    model = engine(case)
-    ask_for(model, "salt")
-    (row,) = prompts(case, (4 * PAGE + 1,))
-    salts = ("", "tenant", "tenant2", "adapter:one", "adapter:two", "Tenant", " ")
-    requests = [offered(model, Request(row, 4, GREEDY, logprobs=True, salt=salt)) for salt in salts]
-    wanted, agreement = alone(model, requests, sized(model, APART)), Agreement(exact(model))
-    session = model.start(sized(model, SHARING), speculation=None)
-    found = [one_by_one(session, [request, request]) for request in requests]
-    session.close()
-    hits(case, [again for _, again in found])
-    for salt, (first, again) in zip(salts, found, strict=True):
-        require(
-            first.cached_tokens == 0,
-            f"the first request of salt {salt!r} was given {first.cached_tokens} tokens of another salt",
-            stage="prefix",
-        )
-        require(
-            again.cached_tokens > 0, f"the second of salt {salt!r} found nothing of the first", stage="prefix"
-        )
-    same_all(agreement, [first for first, _ in found], wanted, requests, what="of a new salt", stage="prefix")
-    same_all(
-        agreement, [again for _, again in found], wanted, requests, what="of a known salt", stage="prefix"
-    )
-    # All at once, the one without a salt last: none finds what another has, neither now nor later
-    together = [replace(request, prompt=request.prompt[::-1]) for request in reversed(requests)]
-    session = model.start(sized(model, SHARING), speculation=None)
-    first = run(session, arrivals(model, together)).completions
-    later = one_by_one(session, together)
-    session.close()
-    for request, one, other in zip(together, first, later, strict=True):
-        have = one.cached_tokens, other.cached_tokens > 0
-        require(
-            have == (0, True),
-            f"salt {request.salt!r}, beside others: {have[0]} tokens were cached at first, "
-            f"{other.cached_tokens} when it was asked again",
-            stage="prefix",
-        )
-    agreement.noted(case)
-
-
-@conformance(
     "serving.likeness-is-no-hit",
     clause="serving.prefix_sharing",
     needs=("serve", "limits"),
@@ -246,6 +171,10 @@ def test_likeness_is_no_hit(case: Case) -> None:
         ((head[0] + 1) % (top + 1), *head[1:], *page, *last),
         head + page + other[:1],
     ]
+    # Pages whose keys are told apart by something far before them alone
+    whole = tuple(itertools.chain.from_iterable(prompts(case, (5 * PAGE + 1,))))
+    first, second = whole[:PAGE], whole[PAGE : 2 * PAGE]
+    rows += [whole, ((whole[0] + 1) % (top + 1), *whole[1:]), second + first + whole[2 * PAGE :]]
     # 8 bits of hash have a collision among some 20 pages, 4 bits among 5.
     rows += prompts(case, (2 * PAGE + 1,) * 12)
     requests = [offered(model, Request(row, 2, GREEDY, logprobs=True)) for row in dict.fromkeys(rows)]
