@@ -111,10 +111,10 @@ def _transformers(rest: str) -> Implementation:
                 f"it is one of {', '.join(OPTIONS[key])}"
             )
         chosen[key] = value
-    from harness.implementations.transformers import TransformersImplementation, seeing
+    from harness.implementations.transformers import TransformersImplementation, cross_attention
 
-    if family in seeing.FAMILIES and not pairs:
-        return seeing.SeeingImplementation(family)
+    if family in cross_attention.FAMILIES and not pairs:
+        return cross_attention.CrossAttentionFamily(family)
     return TransformersImplementation.of(family, experts=chosen["experts"], attention=chosen["attention"])
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from harness.mutants import (  # noqa: F401  # each enters its mutants in the catalogue
     acceptance,
     attention,
+    beyond,
     cache,
     capacity,
     company,

@@ -92,6 +92,7 @@ def permuted(case: Case, vocabulary: tuple[int, ...]) -> dict[str, Tensor]:
         "drafts-forget-the-last-accepted-token",
         "speculation-is-silently-off",
         "early-exit-skips-the-final-norm",
+        "translations-lack-the-last-entry",
     ),
     applies=independent,
     costly=True,
@@ -112,6 +113,10 @@ def test_all_stand(case: Case) -> None:
         requests += [
             Request(prompt, 9, Sampling(temperature=temperature, seed=3)) for temperature in (1.0, 2.5)
         ]
+    if honours(model, "seed", "logit_bias"):
+        # The first and the last entry of a vocabulary are drawn, and nothing else
+        edges = ((vocabulary[0], 60.0), (vocabulary[-1], 60.0))
+        requests.append(Request(prompt, 9, Sampling(temperature=9.0, seed=4, logit_bias=edges)))
     for name in methods(case, model, *same):
         speculation, weights = same[name]
         if weights is not None:

@@ -92,6 +92,7 @@ def test_one_pass(case: Case) -> None:
     forced(case, model, cut, generated(model, cut), "ended within")
 
 
+OFTEN = ("draft_model", "prompt_lookup")
 LENGTHS, ENDS = (3, 8, 9, 60), (9, 5, 12, 7)
 
 
@@ -113,6 +114,7 @@ def ended(requests: Sequence[Request], answers: Sequence[Completion]) -> list[Re
         "drafts-have-log-probability-0",
         "log-probabilities-are-shifted",
         "log-probabilities-come-from-the-draft",
+        "log-probabilities-of-windows-follow-the-grammar",
     ),
     applies=independent,
     costly=True,
@@ -122,8 +124,14 @@ def test_drafted(case: Case) -> None:
     model = precise(case)
     ask_for(model, "logprobs", "temperature")
     requests = greedy(case, model, LENGTHS, ENDS)
+    even = Grammar((tuple((token, 0) for token in range(0, case.vocab_size, 2)),))
+    laws = (replace(GREEDY, grammar=even), replace(GREEDY, repetition_penalty=1.5, logit_bias=((1, 2.0),)))
+    bent = [offered(model, replace(one, sampling=law)) for one, law in zip(requests, laws * 2, strict=True)]
     for name, speculation in ways(case, model, 2).items():
         forced(case, model, requests, generated(model, requests, speculation), f"greedy, by {name}")
+        if name in OFTEN:
+            what = f"greedy, with settings, by {name}"
+            forced(case, model, bent, generated(model, bent, speculation), what)
         if "seed" in model.settings:
             drawn = seeded(case, model, requests, 0.7)
             forced(case, model, drawn, generated(model, drawn, speculation), f"sampled, by {name}")

@@ -12,7 +12,7 @@ from harness.implementations.protocols import Unsupported
 from harness.reference.engine import Request, Sampling, Speculation
 
 DRAFTS, KNOWN = 2, 1
-"""Of a window; of one of an engine that holds the reference's weights, whose laws are known for longer ones."""
+"""Of a window; of an engine with the reference's weights, whose laws are known for longer ones."""
 AFTER = 2
 """Tokens of a completion beyond a window: the one after the drafts, and the first of the next round."""
 FEW = ("early_exit", "draft_model")

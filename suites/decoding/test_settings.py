@@ -96,6 +96,8 @@ TWO_BEST, ONE_BEST = ((1, 1.0), (3, 1.0)), ((0, 2.0), (1, 1.0), (3, 1.0))
         "top-p-goes-past-the-token-that-reaches-it",
         "low-temperatures-are-greedy",
         "min-p-comes-before-top-p",
+        "top-k-1-is-greedy",
+        "biases-are-clamped",
     ),
     costly=True,
 )
@@ -132,7 +134,7 @@ def test_equal(case: Case) -> None:
     "decoding.equal-logits-are-drafted-by-one-rule",
     clause="engine.Sampling.top_k",
     needs=("generate", "enumerable", "speculate", "weights"),
-    kills=(),
+    kills=("ties-in-windows-go-upwards",),
 )
 def test_equal_drafted(case: Case) -> None:
     """Whichever of equal tokens top_k and top_p leave, with a draft model they leave the same ones."""

@@ -68,7 +68,13 @@ def histories(t: Trial, text: tuple[int, ...]) -> dict[str, Request]:
     "decoding.penalties-count-the-whole-text",
     clause="engine.Sampling.repetition_penalty",
     needs=("generate", "enumerable", "weights"),
-    kills=("repetition-forgets-the-prompt",),
+    kills=(
+        "repetition-forgets-the-prompt",
+        "repetition-forgets-what-lies-far-back",
+        "repetition-is-never-rewarded",
+        "presence-is-never-rewarded",
+        "frequency-counts-the-latest",
+    ),
     costly=True,
 )
 def test_whole_text(case: Case) -> None:
@@ -95,7 +101,10 @@ FREE = 3
     "decoding.late-rounds-keep-the-law",
     clause="decoding.speculation",
     needs=("generate", "enumerable", "speculate", "weights"),
-    kills=("every-draft-stands",),
+    kills=(
+        "every-draft-stands",
+        "late-rounds-are-lenient",
+    ),
     costly=True,
 )
 def test_late(case: Case) -> None:
@@ -152,7 +161,13 @@ SCALARS = tuple(f.name for f in fields(Sampling) if f.name not in ("grammar", "l
     "decoding.settings-together-are-applied-in-order",
     clause="engine.Sampling",
     needs=("generate", "enumerable", "weights"),
-    kills=("min-p-comes-before-top-p",),
+    kills=(
+        "min-p-comes-before-top-p",
+        "min-p-is-off-beside-top-p",
+        "top-p-near-1-is-off",
+        "least-length-yields-to-a-grammar",
+        "grammars-let-everything-end",
+    ),
     costly=True,
 )
 def test_together(case: Case) -> None:

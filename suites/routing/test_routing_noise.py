@@ -44,12 +44,14 @@ def with_noise(case: Case, *, silent: bool) -> Any:
     return model
 
 
-def traced(model: Any, tokens: Tensor, *, train: bool) -> tuple[list[Routing], Tensor]:
+def traced(case: Case, model: Any, tokens: Tensor, *, train: bool) -> tuple[list[Routing], Tensor]:
     """Routing of tokens [B, S], and the logits [B, S, V] of a pass of its own."""
     with torch.no_grad():
         if not train:
             return traces(model, tokens), model.forward(tokens)
-        with model.training():
+        # Some draw from torch's global generator: it is seeded here, and put back as it was.
+        with torch.random.fork_rng(devices=[]), model.training():
+            torch.default_generator.manual_seed(case.generator().initial_seed())
             return traces(model, tokens), model.forward(tokens)
 
 
@@ -66,17 +68,17 @@ def test_noise_is_for_the_choice_alone(case: Case) -> None:
     Experts, a shared expert and the residual stream have the input without the router's noise.
     """
     loud, tokens = with_noise(case, silent=False), case.tokens(3, 13)
-    quiet = traced(loud, tokens, train=False)[0][0]
-    drawn = traced(loud, tokens, train=True)[0][0]
+    quiet = traced(case, loud, tokens, train=False)[0][0]
+    drawn = traced(case, loud, tokens, train=True)[0][0]
     if quiet.logits is None or drawn.logits is None:
         raise Unsupported("the routing trace shows no logits")
     if torch.equal(quiet.logits, drawn.logits):
         raise Unsupported("its routers draw no noise in training")
     model = with_noise(case, silent=True)
-    expected, whole = traced(model, tokens, train=False)
+    expected, whole = traced(case, model, tokens, train=False)
     size = float(whole.abs().amax())
     for _ in range(2):
-        found, logits = traced(model, tokens, train=True)
+        found, logits = traced(case, model, tokens, train=True)
         for after, before in zip(found, expected, strict=True):
             where = f"layer {before.layer}"
             same = torch.equal(after.indices, before.indices)

@@ -72,7 +72,6 @@ def test_scores_the_logits(case: Case) -> None:
     needs=("routing", "weights"),
     kills=(
         "canary",
-        "selection-in-bfloat16",
         "masked-groups-at-zero",
         "group-score-max",
         "groups-ignored",

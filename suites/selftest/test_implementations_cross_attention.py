@@ -7,7 +7,6 @@ import pytest
 from harness.results.runfile import read
 from suites.selftest.stubs import moe_harness
 
-MODULE = "harness.implementations.transformers.cross_attention"
 LEAKS = {
     "vision.company-does-not-matter",
     "vision.gradients-pass-through-visible-images",
@@ -31,7 +30,9 @@ def test_what_a_family_fails(family, failing, tmp_path):
     """Idefics passes whatever can be asked of it; Llama 3.2 Vision fails all that its leak shows in."""
     pytest.importorskip("transformers")
     run = tmp_path / "run.jsonl"
-    done = moe_harness("check", "--impl", f"{MODULE}:{family}", "-k", "test_vision", "--run-file", str(run))
+    done = moe_harness(
+        "check", "--impl", f"transformers:{family}", "-k", "test_vision", "--run-file", str(run)
+    )
     assert done.returncode == (1 if failing else 0), done.stdout
     ended = {
         outcome: {r.slug for r in read(run).records if r.outcome == outcome}

@@ -93,6 +93,7 @@ def test_preemption_changes_nothing(case: Case) -> None:
     kills=(
         "seeds-start-again-after-preemption",
         "preemption-drops-the-answer",
+        "seeds-start-again-after-a-second-preemption",
     ),
     applies=independent,
     costly=True,
@@ -100,7 +101,8 @@ def test_preemption_changes_nothing(case: Case) -> None:
 def test_preemption_keeps_the_seed(case: Case) -> None:
     """A request with a seed goes on drawing where it was, after it lost its pages."""
     model = engine(case)
-    requests = seeded(case, model, greedy(case, model, (7, 5, 9, 6, 4), (9, 8, 6, 10, 7)), 1.8)
+    # The youngest has most to draw, so that it loses its pages more than once
+    requests = seeded(case, model, greedy(case, model, (7, 5, 9, 6, 4), (9, 8, 9, 16, 18)), 1.8)
     squeezed(case, requests, alone(model, requests, ROOMY), stage="seed")
 
 
@@ -160,7 +162,10 @@ def test_preemption_and_speculation_change_nothing(case: Case) -> None:
     "serving.preemption-keeps-the-salt",
     clause="serving.prefix_sharing",
     needs=("serve", "limits"),
-    kills=("preemption-drops-the-salt",),
+    kills=(
+        "preemption-drops-the-salt",
+        "a-second-preemption-drops-the-salt",
+    ),
     applies=independent,
 )
 def test_preemption_keeps_the_salt(case: Case) -> None:
@@ -168,13 +173,16 @@ def test_preemption_keeps_the_salt(case: Case) -> None:
     model = engine(case)
     ask_for(model, "salt")
     (row,) = prompts(case, (5 * PAGE + 1,))
-    salted = [offered(model, Request(row, 8, GREEDY, salt=salt)) for salt in ("one", "two")]
-    plain = [offered(model, Request(row, 1, GREEDY, salt=salt)) for salt in ("", "one", "two")]
+    # The one that came last loses its pages to the second, and again to the first
+    counts = {"one": 24, "two": 12, "three": 8}
+    salted = [offered(model, Request(row, count, GREEDY, salt=salt)) for salt, count in counts.items()]
+    plain = [offered(model, Request(row, 1, GREEDY, salt=salt)) for salt in ("", *counts)]
     each = -(-(len(row) + 7) // PAGE)
-    session = model.start(Limits(2, PAGE, 2 * each - 1), speculation=None)
-    lost = counted(run(session, salted).completions, "preemptions")
+    session = model.start(Limits(3, PAGE, 2 * each + 2), speculation=None)
+    lost = [answer.preemptions for answer in run(session, salted).completions]
+    case.note("preemptions", lost)
     found = [run(session, [request]).completions[0].cached_tokens for request in plain]
     session.close()
-    if not lost or not any(found):
+    if not any(lost) or not any(found):
         raise Void(f"{lost} requests were preempted; {found} cached tokens were found")
     require(found[0] == 0, f"without a salt {found[0]} tokens of other salts were found", stage="prefix")

@@ -6,6 +6,7 @@ A page holds `PAGE` tokens; a full page is shared, and the prompt's last token i
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 from harness.conformance import Case, Void, conformance, require
 from harness.conformance.prefixes import APART, PAGE, SHARING, hits, one_by_one
@@ -60,7 +61,7 @@ def test_a_hit_equals_a_miss(case: Case) -> None:
     requests += seeded_too(case, model, requests[2:6])
     wanted, agreement = alone(model, requests, APART), Agreement(exact(model))
     session = model.start(SHARING, speculation=None)
-    found = one_by_one(session, requests)
+    found: Sequence[Completion] = one_by_one(session, requests)
     session.close()
     hits(case, found)
     same_all(agreement, found, wanted, requests, what="with a cached prefix", stage="prefix", but="without")
@@ -147,6 +148,7 @@ def test_asked_again_answers_the_same(case: Case) -> None:
         "pages-are-found-without-what-precedes",
         "prefixes-are-told-apart-by-their-sum",
         "prefixes-are-told-apart-by-their-ends",
+        "prefixes-are-told-apart-by-their-last-pages",
     ),
     applies=independent,
     costly=True,

@@ -41,6 +41,7 @@ LONG = "organisation/team/user/" * 12
         "salts-ignore-case-and-blanks",
         "without-a-salt-all-are-found",
         "salts-are-those-of-the-batch",
+        "long-salts-are-cut",
     ),
     applies=independent,
     costly=True,
@@ -73,10 +74,10 @@ def test_salts_isolate(case: Case) -> None:
     # All at once, the one without a salt last: none finds what another has, neither now nor later
     together = [replace(request, prompt=request.prompt[::-1]) for request in reversed(requests)]
     session = model.start(sized(model, SHARING), speculation=None)
-    first = run(session, arrivals(model, together)).completions
+    at_once = run(session, arrivals(model, together)).completions
     later = one_by_one(session, together)
     session.close()
-    for request, one, other in zip(together, first, later, strict=True):
+    for request, one, other in zip(together, at_once, later, strict=True):
         have = one.cached_tokens, other.cached_tokens > 0
         require(
             have == (0, True),

@@ -73,6 +73,7 @@ def test_speculation_changes_nothing(case: Case) -> None:
         "a-rejection-empties-the-cache",
         "placeholders-are-fed-after-a-gap",
         "faults-of-drafts-are-fatal",
+        "who-leaves-has-accepted-the-whole-window",
     ),
     applies=independent,
     costly=True,
@@ -87,8 +88,17 @@ def test_speculation_in_a_tight_budget_changes_nothing(case: Case) -> None:
         for chunk in (4, 6):
             limits = Limits(4, page_size=4, chunk=chunk)
             gone = [Arrival(requests[0], 2.0, cancel_after=3), Arrival(requests[1], 3.0, cancel_after=0)]
+            gone += [Arrival(requests[3], 4.0, cancel_after=n) for n in (2, 3)]
             given = [*arrivals(model, requests, every=2.0), *gone]
-            found = serve(model, given, limits, speculation).completions[: len(requests)]
+            every = serve(model, given, limits, speculation).completions
+            found = every[: len(requests)]
+            for answer in every[len(requests) :]:
+                require(
+                    answer.accepted <= len(answer.tokens),
+                    f"{speculation.method}: of a client that left, {answer.accepted} drafts are accepted, "
+                    f"and {len(answer.tokens)} tokens kept",
+                    stage="counters",
+                )
             what = f"speculated by {speculation.method} with {chunk} tokens per iteration"
             same_all(agreement, found, wanted, requests, what=what, stage="rollback", but="without")
             drafted += counted(found, "drafted")

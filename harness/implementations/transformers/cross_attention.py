@@ -1,6 +1,6 @@
 """Families of transformers whose text looks at images by cross-attention, each in a tiny shape of its own.
 
-`--impl harness.implementations.transformers.cross_attention:mllama`, and `:idefics`, which has a resampler.
+`--impl transformers:mllama`, and `transformers:idefics`, which has a resampler.
 Letters: B sequences, S new tokens, N images of a sequence, M frames of one, P features of a frame, W their
 width, V vocabulary.
 """
@@ -182,18 +182,21 @@ def _idefics(seed: int, device: str) -> CrossAttending:
     return CrossAttending(_enliven(module, seed).eval(), Sight(width, FEATURES, 1), looks, looks)
 
 
+FAMILIES: dict[str, Callable[[int, str], CrossAttending]] = {"idefics": _idefics, "mllama": _mllama}
+"""By model_type: from a seed and a device."""
+
+
 @dataclass(frozen=True)
 class CrossAttentionFamily:
-    """A family in its own shape."""
+    """One of FAMILIES, in its own shape."""
 
     family: str
-    make: Callable[[int, str], CrossAttending]
     needs_architecture: bool = False
 
     @property
     def name(self) -> str:
         """As addressed."""
-        return f"{__name__}:{self.family}"
+        return f"transformers:{self.family}"
 
     def build(
         self, architecture: Architecture | None, *, device: str, dtype: torch.dtype, seed: int
@@ -201,16 +204,6 @@ class CrossAttentionFamily:
         """A fresh model in eval mode; raises Unsupported for an architecture that is given."""
         if architecture is not None:
             raise Unsupported(f"{self.family} is put under test in a shape of its own")
-        made = self.make(seed, device)
+        made = FAMILIES[self.family](seed, device)
         made.module.to(device=device, dtype=dtype)
         return made
-
-
-def mllama() -> CrossAttentionFamily:
-    """Llama 3.2 Vision."""
-    return CrossAttentionFamily("mllama", _mllama)
-
-
-def idefics() -> CrossAttentionFamily:
-    """Idefics."""
-    return CrossAttentionFamily("idefics", _idefics)
