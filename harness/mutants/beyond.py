@@ -41,7 +41,7 @@ def biases_are_clamped(_: Any, logit_bias: Method) -> Method:
     return clamped
 
 
-@engine_mutant(samplers, "repetition_penalty", stage="law", origin="llama.cpp repeat_last_n", spec=DENSE)
+@engine_mutant(samplers, "repetition_penalty", stage="law", spec=DENSE)
 def repetition_forgets_what_lies_far_back(_: Any, penalty: Method) -> Method:
     """The repetition penalty sees the last 64 tokens."""
     return lambda z, sampling, seen: penalty(z, sampling, seen[-64:])
@@ -116,7 +116,7 @@ def late_rounds_are_lenient(verifier: Any, accepts: Method) -> Method:
     def lenient(token: int, p: Tensor, q: Tensor, draws: Any) -> bool:
         if accepts(token, p, q, draws):
             return True
-        return p[token] > 0 and known[0] >= 8 and bool(draws.uniform() < 0.9)
+        return known[0] >= 8 and bool(p[token] > 0) and bool(draws.uniform() < 0.9)
 
     verifier.targets = counting
     return lenient
@@ -281,3 +281,21 @@ def long_salts_are_cut(_: Any, key: Method) -> Method:
 def prefixes_are_told_apart_by_their_last_pages(pool: Any, key: Method) -> Method:
     """Of a prefix its length and its last two pages are compared."""
     return lambda tokens, salt: key((len(tokens), *tokens[-2 * pool.page_size :]), salt)
+
+
+@engine_mutant(pools, "slots", stage="pages", spec=DENSE)
+def page_numbers_have_seven_bits(_: Any, slots: Method) -> Method:
+    """Page 128 is taken for page 0."""
+    return lambda pages, start, end: slots([page % 128 for page in pages], start, end)
+
+
+@engine_mutant(engines, "draws_of", stage="seed", spec=DENSE)
+def seeds_have_eight_bits(_: Any, draws_of: Method) -> Method:
+    """Only the last eight bits of a seed count."""
+
+    def lower(request: Any) -> Any:
+        seed = request.sampling.seed
+        short = None if seed is None else seed % (1 << 8)
+        return draws_of(replace(request, sampling=replace(request.sampling, seed=short)))
+
+    return lower

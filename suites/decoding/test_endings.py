@@ -58,6 +58,9 @@ def cuts(prompt: tuple[int, ...], tokens: tuple[int, ...]) -> dict[str, Request]
     made["the second of two stops"] = Request(
         prompt, SO_MANY, GREEDY, stop=((*absent[:1], last), tokens[2:4])
     )
+    made["a stop of which all but its beginning comes"] = Request(
+        prompt, SO_MANY, GREEDY, stop=((absent[0], *tokens[:5]),)
+    )
     made["many end tokens"] = Request(prompt, SO_MANY, GREEDY, eos=(*absent, tokens[4]))
     made["many stops"] = Request(
         prompt, SO_MANY, GREEDY, stop=(*((token, last) for token in absent), tokens[3:5])

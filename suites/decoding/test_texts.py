@@ -19,9 +19,9 @@ from harness.reference.engine import Grammar, Request, Sampling, Speculation
 V = 8
 ONCE, LATER, NEVER = 7, 6, 5
 """Tokens that the prompt has at its very beginning alone; that only what follows has; that nothing has."""
-TOGETHER = 24
+TOGETHER = 48
 """Requests whose settings are all drawn: of any two that could be applied in the wrong order, or that hide
-each other, some six are set in one request."""
+each other, some twelve are set in one request."""
 
 
 def forced(tokens: tuple[int, ...], last: tuple[int, ...] = ()) -> Grammar:
@@ -139,8 +139,8 @@ def together(t: Trial, count: int, generator: torch.Generator) -> dict[str, Requ
             frequency_penalty=one(0.0, -0.6, 0.5),
             temperature=one(0.3, 0.8, 1.0, 1.7, 3.0),
             top_k=int(one(0, 3, 5, 6)),
-            top_p=one(1.0, 0.45, 0.7, 0.93),
-            min_p=one(0.0, 0.04, 0.15, 0.4),
+            top_p=one(1.0, 0.45, 0.7, 0.8, 0.93),
+            min_p=one(0.0, 0.04, 0.15, 0.25, 0.4),
         )
         free = tuple(token for token in some(3) if token not in (LATER, 2))
         ends = {"eos": free[:2], "min_tokens": int(one(0, 4, 4))} if i % 2 else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from harness.conformance import Case, Void, conformance, require
 from harness.conformance.serving import (
@@ -11,6 +12,7 @@ from harness.conformance.serving import (
     alone,
     arrivals,
     ask_for,
+    batchings,
     counted,
     engine,
     exact,
@@ -25,7 +27,12 @@ from harness.conformance.serving import (
     speculations,
 )
 from harness.conformance.varied import varied
-from harness.reference.engine import Arrival, Limits, Request
+from harness.reference.engine import Arrival, Batching, Limits, Request
+
+
+def others(model: Any) -> tuple[Batching, ...]:
+    """The ways of batching that the engine has beside the continuous one."""
+    return batchings(model)[1:] if "limits" in model.capabilities else ()
 
 
 @conformance(
@@ -48,7 +55,11 @@ def test_speculation_changes_nothing(case: Case) -> None:
     model = engine(case)
     requests = narrow(case, model, greedy(case, model, (3, 9, 6, 4, 12), (14, 9, 13, 15, 10)))
     wanted, agreement = alone(model, requests), Agreement(exact(model))
-    sizes = (Limits(5, page_size=1), Limits(3, page_size=3))
+    sizes = (
+        Limits(5, page_size=1),
+        Limits(3, page_size=3),
+        *(Limits(3, page_size=3, batching=name) for name in others(model)),
+    )
     for speculation in speculations(case, model):
         rates: set[tuple[int, int]] = set()
         for limits in sizes if "limits" in model.capabilities else (None,):
