@@ -126,9 +126,10 @@ class Null(Line):
 
     @property
     def vacuous(self) -> bool:
-        """Whether it passed something, and nothing that it was put under told it from a right answer."""
+        """Whether it passed several properties, and none told it from a right answer; who asks for a single
+        one by its name is told what that one is worth, and gets its outcome."""
         told = any(one.outcome in ("failed", "void") for one in self.measured)
-        return bool(self.passed) and not told
+        return len(self.passed) > 1 and not told
 
 
 class Footer(Line):

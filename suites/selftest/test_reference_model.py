@@ -10,15 +10,20 @@ import torch
 from harness.implementations.protocols import (
     AuxiliaryLosses,
     Cached,
+    CrossAttends,
     Forward,
     Generates,
     Gradients,
+    HasAlternatives,
     HasParameters,
     LoadsWeights,
+    Recomputes,
     Routed,
     Serves,
     Speculates,
+    Trains,
     Unsupported,
+    UpdatesBiases,
 )
 from harness.implementations.reference import Reference
 from harness.reference import build, weights
@@ -189,6 +194,11 @@ def test_the_implementation_offers_what_it_declares(name: str) -> None:
         "speculate": Speculates,
         "serve": Serves,
         "limits": Serves,
+        "train": Trains,
+        "recompute": Recomputes,
+        "bias_update": UpdatesBiases,
+        "cross_attention": CrossAttends,
+        "alternatives": HasAlternatives,
     }
     architecture = small(name)
     model = Reference().build(architecture, device="cpu", dtype=torch.float32, seed=1)
