@@ -177,6 +177,11 @@ def moes(model: ReferenceModel) -> Iterable[Any]:
     return [block.moe for block in model.blocks if block.moe is not None]
 
 
+def sparse(model: ReferenceModel) -> Iterable[Any]:
+    """Every layer that has one."""
+    return [block for block in model.blocks if block.moe is not None]
+
+
 def routers(model: ReferenceModel) -> Iterable[Any]:
     """Their routers."""
     return [moe.router for moe in moes(model)]

@@ -1,6 +1,6 @@
 """The register of shipped defects: what went wrong in real engines, and the mutants that show it.
 
-`defects/model.toml` and `defects/engine.toml` hold one entry per defect. A mutant shows it in one process, or
+The files of `defects/` hold one entry per defect. A mutant shows it in one process, or
 the entry says why none can.
 """
 

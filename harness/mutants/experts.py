@@ -5,13 +5,14 @@ Letters: T tokens, E experts, K top-k, F d_ff of an expert.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness.mutants.defect import Method, experts, moes, mutant, whole
+from harness.mutants.defect import Method, experts, moes, mutant, sparse, whole
 from harness.reference.experts import Dispatch
 from harness.reference.layers import SWIGLU_ALPHA
 from harness.reference.trace import RoutingTrace
@@ -74,16 +75,17 @@ def weights_of_another_slot(_: Any, combine: Method) -> Method:
     return lambda outputs, plan, weights: combine(outputs, plan, weights.flip(-1))
 
 
-@mutant(experts, "dispatch", stage="combine", origin="torchtitan#3604")
-def rows_right_for_one_sequence(_: Any, dispatch: Method) -> Method:
-    """Rows are fetched as if the batch were its first tokens."""
+@mutant(sparse, "feed_forward", stage="combine", origin="torchtitan#3604")
+def rows_right_for_one_sequence(_: Any, feed_forward: Method) -> Method:
+    """Tokens are split among two ranks by position, and results put at the local index and an offset: right
+    for one sequence, and for no other number."""
 
-    def changed(x: Tensor, indices: Tensor) -> Dispatch:
-        plan: Dispatch = dispatch(x, indices)
-        # Slot numbers are taken to be within the first 8 tokens: right for one short sequence.
-        order = torch.empty_like(plan.place)
-        order[plan.place] = torch.arange(len(order))
-        return Dispatch(x.index_select(0, order // indices.shape[1] % 8), plan.counts, plan.place)
+    def changed(x: Tensor, context: Any) -> Any:
+        out, trace = feed_forward(x, context)
+        half = x.shape[1] // 2
+        # Rank by rank, where they belong sequence by sequence.
+        moved = torch.cat([out[:, :half].flatten(0, 1), out[:, half:].flatten(0, 1)])
+        return moved.view_as(x), replace(trace, output=moved)
 
     return changed
 

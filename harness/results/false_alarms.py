@@ -155,7 +155,7 @@ def search(seeds: Sequence[int], first: int, implementations: Sequence[str], job
     except BrokenProcessPool as error:
         raise RunFileError(f"{file}: a process that ran the suites died; start again to go on") from error
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _begin() -> None:

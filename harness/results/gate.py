@@ -74,7 +74,9 @@ def judge(
     if failed or stale:
         return Verdict(FAILED, f"new failures: {failed}, stale entries: {stale}", details)
     if isinstance(null, Null) and null.vacuous:
-        why = f"an implementation that computes nothing passed all {len(null.passed)} of this run's properties"
+        why = (
+            f"an implementation that computes nothing passed all {len(null.passed)} of this run's properties"
+        )
         return Verdict(VOID, f"{why}, so its outcomes show nothing; run others beside them", details)
     if void:
         return Verdict(VOID, f"properties that could not be measured: {void}", details)

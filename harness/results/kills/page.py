@@ -65,7 +65,11 @@ def exceptions(matrix: Matrix) -> Table:
         (one.mutant.name, one.status, _why(one)) for one in matrix.hunted if one.status != "killed"
     ]
     rows += [(sentence.partition(" ")[0], "claim broken", sentence) for sentence in matrix.broken()]
-    rows += [(slug, "killed nothing", "") for slug, score in matrix.scores.items() if not score]
+    hunted = matrix.by_name.keys()  # of a part, a property may have had nothing to kill
+    idle = (
+        prop.slug for prop in matrix.properties if not matrix.scores[prop.slug] and hunted >= set(prop.kills)
+    )
+    rows += [(slug, "killed nothing", "") for slug in idle]
     return Table("What is not as it should be", ("mutant or property", "what", "why"), tuple(rows))
 
 
