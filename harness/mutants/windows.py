@@ -142,7 +142,7 @@ def drafts_are_drawn_without_the_seed(engine: Any) -> None:
     engine.proposer.propose = lambda sequence, count, _: propose(sequence, count, engine.draws)
 
 
-@engine_mutant(verifiers, "verify", stage="seed")
+@engine_mutant(verifiers, "verify", stage="isolation")
 def last_tokens_of_windows_are_drawn_without_the_seed(verifier: Any, verify: Method) -> Method:
     """The token after a window that stands is drawn from a generator of the verifier."""
     bonus = Draws()

@@ -116,7 +116,9 @@ def test_all_stand(case: Case) -> None:
     if honours(model, "seed", "logit_bias"):
         # The first and the last entry of a vocabulary are drawn, and nothing else
         edges = ((vocabulary[0], 60.0), (vocabulary[-1], 60.0))
-        requests.append(Request(prompt, 9, Sampling(temperature=9.0, seed=4, logit_bias=edges)))
+        requests += [
+            Request(prompt, 9, Sampling(temperature=9.0, seed=seed, logit_bias=edges)) for seed in range(4, 8)
+        ]
     for name in methods(case, model, *same):
         speculation, weights = same[name]
         if weights is not None:

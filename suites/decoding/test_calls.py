@@ -155,6 +155,7 @@ def mixed(case: Case, model: Any) -> list[Request]:
     clause="engine.Sampling",
     needs=("generate",),
     kills=(
+        "last-tokens-of-windows-are-drawn-without-the-seed",
         "last-requests-settings-for-all",
         "laws-are-remembered-without-settings",
         "one-penalty-is-for-all",

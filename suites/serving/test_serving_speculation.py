@@ -152,7 +152,6 @@ def speculated_alike(case: Case, requests: Sequence[Request], *, stage: str) -> 
     needs=("serve", "limits", "speculate"),
     kills=(
         "drafts-are-drawn-without-the-seed",
-        "last-tokens-of-windows-are-drawn-without-the-seed",
         "a-batch-is-verified-by-its-first-seed",
         "windows-are-cut-to-the-budget",
         "windows-shrink-after-preemption",
