@@ -246,13 +246,18 @@ class NullItem(pytest.Item):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """Sample the machine while a property runs."""
+    """Fix what a property's model draws from torch's global generator, and sample the machine meanwhile."""
+    if _property(item) is None:
+        return (yield)
+    from harness.conformance.case import global_draws
+
     sampler = item.config.stash[STATE].sampler
-    if sampler is None or _property(item) is None:
-        return (yield)
-    with sampler.span(item.name) as span:
-        item.stash[SPAN] = span
-        return (yield)
+    with global_draws(item.config.getoption("seed")):
+        if sampler is None:
+            return (yield)
+        with sampler.span(item.name) as span:
+            item.stash[SPAN] = span
+            return (yield)
 
 
 @pytest.hookimpl(wrapper=True)

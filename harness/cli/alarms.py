@@ -18,8 +18,9 @@ def add_to(app: typer.Typer) -> None:
 
 def false_alarms(
     implementations: Annotated[
-        list[str], typer.Option("--impl", metavar="ADDRESS", help="In the place of both references.")
-    ] = [],  # noqa: B006  # typer's way to say: none given
+        list[str] | None,
+        typer.Option("--impl", metavar="ADDRESS", help="In the place of both references (repeatable)."),
+    ] = None,
     runs: Annotated[int, typer.Option(min=1, help="How many, one seed each.")] = 1000,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
     seed: Annotated[int, typer.Option(min=1, help="The first; the others follow.")] = 1,
@@ -35,7 +36,7 @@ def false_alarms(
     from harness.results import false_alarms as alarms
     from harness.results import report
 
-    chosen = tuple(implementations) or alarms.IMPLEMENTATIONS
+    chosen = tuple(implementations or alarms.IMPLEMENTATIONS)
     for address in chosen:
         resolve(address)
     trials = []

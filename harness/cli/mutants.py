@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from harness.results.kills.hunting import Plan
     from harness.results.kills.judging import Matrix
 
+Names = list[str] | None
+
 
 def add_to(app: typer.Typer) -> None:
     """Register the command."""
@@ -25,12 +27,12 @@ def add_to(app: typer.Typer) -> None:
 
 def mutants(
     slugs: Annotated[
-        list[str], typer.Option("--property", metavar="SLUG", help="This property alone, on what it claims.")
-    ] = [],  # noqa: B006  # typer's way to say: none given
-    names: Annotated[list[str], typer.Option("--mutant", metavar="NAME", help="This mutant alone.")] = [],  # noqa: B006
+        Names, typer.Option("--property", metavar="SLUG", help="This property alone, on what it claims.")
+    ] = None,
+    names: Annotated[Names, typer.Option("--mutant", metavar="NAME", help="This mutant alone.")] = None,
     also: Annotated[
-        list[str], typer.Option(metavar="MODULE", help="A module of yours that enters mutants.")
-    ] = [],  # noqa: B006
+        Names, typer.Option(metavar="MODULE", help="A module of yours that enters mutants.")
+    ] = None,
     part: Annotated[
         str, typer.Option(metavar="K/N", help="The Kth of N equal parts of the mutants.")
     ] = "1/1",
@@ -51,9 +53,9 @@ def mutants(
     """
     from harness.results.kills import hunting
 
-    hunting.enter(also)
-    plan = hunting.Plan(seed, timeout, tuple(sorted(set(slugs))), full, tuple(also))
-    chosen = _chosen(slugs, names, part)
+    hunting.enter(also or ())
+    plan = hunting.Plan(seed, timeout, tuple(sorted(set(slugs or ()))), full, tuple(also or ()))
+    chosen = _chosen(slugs or (), names or (), part)
     matrix = _measured(chosen, plan, jobs)
     whole = not (slugs or names or also) and len(chosen) == len(_catalogue())
     folder = output or (Path("results") if whole else None)

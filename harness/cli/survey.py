@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -33,10 +33,10 @@ def add_to(app: typer.Typer) -> None:
 
 
 def survey(
-    library: Annotated[Library, typer.Argument(help="Whose families.")],  # noqa: ARG001  # there is one
+    library: Annotated[Library, typer.Argument(help="Whose families.")],
     families: Annotated[
-        list[str], typer.Option("--family", metavar="NAME", help="This family alone (repeatable).")
-    ] = [],  # noqa: B006  # typer's way to say: none given
+        list[str] | None, typer.Option("--family", metavar="NAME", help="This family alone (repeatable).")
+    ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Families at a time.")] = os.cpu_count() or 1,
     limit: Annotated[
         float, typer.Option("--time-limit", min=1.0, help="Seconds that a family may take.")
@@ -62,13 +62,13 @@ def survey(
     from harness.results import baseline as baselines
     from harness.results.survey.running import Plan
 
-    names = _chosen(families)
     folder = output or Path("results")
     path = baseline or (folder if (folder / BASELINE).exists() else Path("results")) / BASELINE
     known = baselines.load(path) if baseline is not None or path.exists() else {}
     if write_baseline is not None:
         baselines.ensure_writable(write_baseline)
-    found = _measured(names, Plan(seed, limit), jobs, known)
+    addresses = {name: f"{library}:{name}" for name in _chosen(families or ())}
+    found = _measured(addresses, Plan(seed, limit), jobs, known)
     _publish(found, output or (None if families else folder))
     if write_baseline is not None:
         added, removed = baselines.write(write_baseline, found.records)
@@ -90,8 +90,8 @@ def _chosen(asked: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(asked)) or tuple(known)
 
 
-def _measured(names: Sequence[str], plan: Plan, jobs: int, baseline: Baseline) -> Survey:
-    """The survey of these families: from their run files, those first made that are not there."""
+def _measured(addresses: Mapping[str, str], plan: Plan, jobs: int, baseline: Baseline) -> Survey:
+    """The survey of these families, by name: from their run files, those first made that are not there."""
     from harness.implementations.transformers import shrink
     from harness.implementations.transformers.families import moe
     from harness.implementations.transformers.library import library
@@ -99,10 +99,9 @@ def _measured(names: Sequence[str], plan: Plan, jobs: int, baseline: Baseline) -
 
     folder = plan.folder()
     folder.mkdir(parents=True, exist_ok=True)
-    addresses = {name: f"transformers:{name}" for name in names}
-    endings = {name: "" for name in names if reading.ended(name, folder)}
+    endings = {name: "" for name in addresses if reading.ended(name, folder)}
     missing = {name: address for name, address in addresses.items() if name not in endings}
-    typer.echo(f"{len(endings)} of {len(names)} families are taken from {folder}", err=True)
+    typer.echo(f"{len(endings)} of {len(addresses)} families are taken from {folder}", err=True)
     preload = ("harness.implementations.transformers.everything",)
     with progress("survey", total=len(missing)) as bar:
         for name, ending in running.run(missing, plan, folder, jobs, preload):
@@ -117,13 +116,13 @@ def _measured(names: Sequence[str], plan: Plan, jobs: int, baseline: Baseline) -
                 folder,
                 plan,
                 baseline,
-                address=addresses[name],
+                address=address,
                 ending=endings[name],
                 model=found.families[name].model.__name__,
                 shape=found.families[name].shape,
                 overrides=shrink.PER_FAMILY.get(name, {}),
             )
-            for name in names
+            for name, address in addresses.items()
         ),
         found.around,
         found.broken,

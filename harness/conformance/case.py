@@ -8,7 +8,8 @@ of what was drawn goes into the run file.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
@@ -236,6 +237,15 @@ def seeded(*parts: object) -> torch.Generator:
     text = "|".join(map(str, parts))
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
     return torch.Generator().manual_seed(seed)
+
+
+@contextmanager
+def global_draws(seed: int) -> Iterator[None]:
+    """Whoever draws from torch's global generator in here draws the same for the same seed; the generator is
+    put back as it was. It is for what is under test: the harness passes generators of its own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 @lru_cache(maxsize=64)

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from harness.conformance import subjects
-from harness.conformance.case import Case, Shrink, replaced
+from harness.conformance.case import Case, Shrink, global_draws, replaced
 from harness.conformance.checked import Malformed
 from harness.conformance.conventions import unexplained
 from harness.conformance.property import Property, Violation
@@ -95,7 +95,8 @@ def attempt(
     case = None
     try:
         case = subjects.case(subject, prop, seed, shrink)
-        function(case)
+        with global_draws(seed):
+            function(case)
     except (Exception, pytest.fail.Exception, pytest.skip.Exception) as error:  # noqa: BLE001  # it is judged
         return Attempt(case, verdict(error), error)
     return Attempt(case, verdict(None))

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from harness.conformance import Case
+from harness.conformance.case import global_draws
 from harness.conformance.comparison import Ragged, agree
 from harness.evidence.margins import SAFETY, unit_roundoff
 from harness.spec.architecture import Architecture
@@ -55,10 +56,8 @@ def summed_loss(logits: Tensor, batch: Ragged) -> Tensor:
 def alike(case: Case, architecture: Architecture, pass_: Callable[[Any], Answer]) -> Answer:
     """What `pass_` answers of a fresh model in training mode: with the same noise, where a seed fixes it."""
     model = case.model(architecture, case.weights(architecture))
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(case.seed)
-        with model.training():
-            return pass_(model)
+    with global_draws(case.seed), model.training():
+        return pass_(model)
 
 
 @contextmanager

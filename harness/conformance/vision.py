@@ -17,6 +17,7 @@ from torch import Tensor
 from harness.conformance.case import Case, replaced, seeded
 from harness.conformance.comparison import Margin, monte_carlo_margin
 from harness.evidence.margins import Rounding, Spread, monte_carlo, unit_roundoff
+from harness.implementations.protocols import Unsupported
 from harness.reference import vision as reference
 from harness.spec.architecture import Architecture
 from harness.spec.vision import Sight, Vision
@@ -86,6 +87,8 @@ def looker(case: Case, change: Callable[[dict[str, Tensor]], None] = lambda _: N
     """A fresh model under test. Of known weights those of the vision are first handed to `change`."""
     if case.architecture is None:
         model = case.model()
+        if model.sight is None:
+            raise Unsupported("its cross-attention is to be loaded, and nothing is known of its weights")
         return Looker(model, model.sight)
     architecture = replaced(case.architecture, {"n_layers": max(LAYERS, case.architecture.n_layers)})
     # At std 0.2 every token that is seen is felt, and the images are not drowned by the text.

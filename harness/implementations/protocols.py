@@ -202,8 +202,8 @@ class CrossAttends(Protocol):
     """
 
     @property
-    def sight(self) -> Sight:
-        """The sizes of features that it takes."""
+    def sight(self) -> Sight | None:
+        """The sizes of features that it takes; None until `load_vision`, where that decides them."""
 
     def load_vision(self, vision: Vision, weights: Mapping[str, Tensor]) -> None:
         """With "weights": put cross-attention of that shape into the model, with the weights of

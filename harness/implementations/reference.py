@@ -195,9 +195,9 @@ class ReferenceUnderTest:
         return {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
 
     @property
-    def sight(self) -> Sight:
+    def sight(self) -> Sight | None:
         """What the cross-attention that was loaded looks at."""
-        return self._seeing.vision.sight
+        return None if self.seeing is None else self.seeing.vision.sight
 
     @property
     def _seeing(self) -> SeeingModel:
