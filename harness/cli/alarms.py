@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from harness.cli.printing import Format, show
 from harness.cli.progress import progress
 
 
@@ -31,7 +32,6 @@ def false_alarms(
     The shipped kinds of spec take turns. What the same sources have run is taken from .runs/false-alarms: a
     search that was interrupted goes on. Exit 1 if anything failed, 69 if anything could not be measured.
     """
-    from harness.cli.printing import Format, show
     from harness.implementations.registry import resolve
     from harness.results import false_alarms as alarms
     from harness.results import report

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from harness.cli.printing import Format, PageOption, show
 from harness.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -40,12 +41,7 @@ def mutants(
     full: Annotated[bool, typer.Option("--full", help="Every property of a mutant's side.")] = False,
     seed: Annotated[int, typer.Option(help="Of every input.")] = 1,
     timeout: Annotated[float, typer.Option(min=1.0, help="Seconds that a property may take.")] = 60.0,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help="Folder for the page; without it only the whole is written, to results."
-        ),
-    ] = None,
+    output: PageOption = None,
 ) -> None:
     """Put mutants under the suites, and write the kill matrix: which property kills which defect.
 
@@ -129,7 +125,6 @@ def _measured(names: Sequence[str], plan: Plan, jobs: int) -> Matrix:
 
 def _publish(matrix: Matrix, folder: Path | None) -> None:
     """Print the figures and what is wrong; write the page and the JSON file into the folder."""
-    from harness.cli.printing import Format, show
     from harness.results import report
     from harness.results.kills import page
 

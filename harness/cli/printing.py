@@ -7,6 +7,7 @@ import sys
 import textwrap
 from collections.abc import Iterable
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -24,6 +25,12 @@ class Format(StrEnum):
 
 
 FormatOption = Annotated[Format, typer.Option("--format", help="How to print.")]
+PageOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", "-o", help="Folder for the page; without it only the whole is written, to results."
+    ),
+]
 
 
 def show(tables: Iterable[Table], form: Format) -> None:

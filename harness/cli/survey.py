@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from harness.cli.printing import Format, PageOption, show
 from harness.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -48,12 +49,7 @@ def survey(
     write_baseline: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Bring this baseline up to date with the survey.")
     ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help="Folder for the page; without it only the whole is written, to results."
-        ),
-    ] = None,
+    output: PageOption = None,
 ) -> None:
     """Put every MoE family of an installed library under the suites, tiny, each in a process of its own.
 
@@ -131,7 +127,6 @@ def _measured(addresses: Mapping[str, str], plan: Plan, jobs: int, baseline: Bas
 
 def _publish(found: Survey, folder: Path | None) -> None:
     """Print the figures and what is wrong; write the page and the JSON file into the folder."""
-    from harness.cli.printing import Format, show
     from harness.results import report
     from harness.results.survey import page
     from harness.results.survey.reading import unexpected

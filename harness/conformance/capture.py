@@ -195,15 +195,33 @@ class Captured:
             return judged
         return stages.Judged(self.trace.scores.double(), judged.bound)
 
+    def correction(self) -> Tensor | None:
+        """[E]: the correction bias, where there is one."""
+        return self.variant.weights.get(f"layers.{self.trace.layer}.moe.router.correction_bias")
+
     def keys(self, scores: Tensor, logits: Tensor) -> Tensor:
         """[T, E]: what the selection maximises."""
-        correction = self.variant.weights.get(f"layers.{self.trace.layer}.moe.router.correction_bias")
-        return stages.keys(self.moe.router, scores, logits, correction)
+        return stages.keys(self.moe.router, scores, logits, self.correction())
 
     def combine_weights(self) -> stages.Judged:
         """[T, K]: what they must be, given the implementation's scores and selection."""
         return stages.combine_weights(
             self.moe.router, self.scores(), self.logits(), self.trace.indices, FLOAT32
+        )
+
+    def output(self) -> stages.Judged:
+        """[T, D]: what it must be, given the implementation's input, selection and combine weights."""
+        weights = self.combine_weights()
+        if self.trace.weights is not None:
+            weights = stages.Judged(self.trace.weights.double(), weights.bound)
+        return stages.combine(
+            self.variant.architecture,
+            self.variant.weights,
+            self.trace.layer,
+            self.shown("hidden"),
+            self.trace.indices,
+            weights,
+            FLOAT32,
         )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from harness.conformance.case import Case
 from harness.conformance.checked import Malformed
+from harness.conformance.passes import independent
 from harness.conformance.property import Violation, Void, require
 from harness.implementations.protocols import Unsupported
 from harness.implementations.registry import describe
@@ -38,12 +39,6 @@ ROUNDING = {True: 1e-5, False: 5e-3}
 """How far log probabilities may differ by rounding; True: built in float64. An engine that is built so may
 still compute rotary angles, norms or softmax in float32: some tens of roundings of 6e-8. An endpoint is taken
 to have float32, logits near 20, and half of the digits of these right, as in `comparison.margin`."""
-
-
-def independent(architecture: Architecture | None) -> bool:
-    """Applies where no capacity counts the tokens of a call: else tokens of one request depend on others."""
-    moe = None if architecture is None else architecture.moe
-    return moe is None or moe.router.capacity_factor is None
 
 
 def windowed(architecture: Architecture | None) -> bool:

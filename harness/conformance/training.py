@@ -15,35 +15,30 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from harness.conformance import Case
+from harness.conformance.capture import has_experts, moe_of
 from harness.conformance.case import global_draws
 from harness.conformance.comparison import Ragged, agree
+from harness.conformance.narrowing import HALF_THE_DIGITS
+from harness.conformance.passes import independent
 from harness.evidence.margins import SAFETY, unit_roundoff
 from harness.spec.architecture import Architecture
 
 Answer = TypeVar("Answer")
-HALF_THE_DIGITS = math.sqrt(unit_roundoff(torch.float32))
-"""Relative to the largest value of a tensor: two ways to one float32 result differ in the last digits, and a
-defect moves the first ones."""
 FACTOR = 0.1
 """The jitter that noise is drawn with: far above rounding."""
 
 
-def has_experts(architecture: Architecture | None) -> bool:
-    """Applies to architectures with experts that no capacity makes compete."""
-    return (
-        architecture is not None
-        and architecture.moe is not None
-        and architecture.moe.router.capacity_factor is None
-    )
+def has_free_experts(architecture: Architecture | None) -> bool:
+    """Applies to architectures with experts that no capacity makes tokens compete for."""
+    return has_experts(architecture) and independent(architecture)
 
 
 def has_correction_bias(architecture: Architecture | None) -> bool:
     """Applies where correction biases balance the load."""
     return (
-        has_experts(architecture)
+        has_free_experts(architecture)
         and architecture is not None
-        and architecture.moe is not None
-        and architecture.moe.router.correction_bias
+        and moe_of(architecture).router.correction_bias
     )
 
 

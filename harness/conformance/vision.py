@@ -19,7 +19,6 @@ from harness.conformance.comparison import Margin, monte_carlo_margin
 from harness.evidence.margins import Rounding, Spread, monte_carlo, unit_roundoff
 from harness.implementations.protocols import Unsupported
 from harness.reference import vision as reference
-from harness.spec.architecture import Architecture
 from harness.spec.vision import Sight, Vision
 
 SHAPE = Vision(
@@ -37,12 +36,6 @@ LAYERS = 3
 IMAGES = 3
 FLOAT32 = torch.float32
 Weights = Mapping[str, Tensor]
-
-
-def alone(architecture: Architecture | None) -> bool:
-    """Applies where no token's experts depend on other tokens, and to an implementation's own shape."""
-    moe = None if architecture is None else architecture.moe
-    return moe is None or moe.router.capacity_factor is None
 
 
 @dataclass(frozen=True)
@@ -76,11 +69,15 @@ class Looker:
     sight: Sight
     exact: reference.SeeingModel | None = None
 
+    def forward(self, batch: Illustrated) -> Tensor:
+        """Logits [B, S, V]."""
+        logits: Tensor = self.model.see(batch.tokens, batch.features, batch.visible, mask=batch.mask)
+        return logits
+
     def see(self, batch: Illustrated) -> Tensor:
         """Logits [B, S, V] without gradients."""
         with torch.no_grad():
-            logits: Tensor = self.model.see(batch.tokens, batch.features, batch.visible, mask=batch.mask)
-        return logits
+            return self.forward(batch)
 
 
 def looker(case: Case, change: Callable[[dict[str, Tensor]], None] = lambda _: None) -> Looker:
@@ -155,6 +152,11 @@ def margin(case: Case, looks: Looker, batch: Illustrated) -> Margin:
     return monte_carlo_margin(
         case, exact.text, lambda at: _pass(exact, batch, at), batch.tokens, around=exact, mask=batch.mask
     )
+
+
+def felt(one: Tensor, other: Tensor, bound: Margin) -> Tensor:
+    """[B, S] bool: where logits [B, S, V] of two passes differ by more than rounding of both explains."""
+    return (one - other).abs().amax(-1).double() > 2 * bound.radius
 
 
 def _pass(exact: reference.SeeingModel, batch: Illustrated, positions: Tensor) -> Any:

@@ -299,3 +299,15 @@ def seeds_have_eight_bits(_: Any, draws_of: Method) -> Method:
         return draws_of(replace(request, sampling=replace(request.sampling, seed=short)))
 
     return lower
+
+
+@engine_mutant(engines, "draws_of", stage="seed", spec=DENSE)
+def seeds_have_three_digits(_: Any, draws_of: Method) -> Method:
+    """Seeds that are equal modulo 1000 are one."""
+
+    def short(request: Any) -> Any:
+        seed = request.sampling.seed
+        rest = None if seed is None else seed % 1000
+        return draws_of(replace(request, sampling=replace(request.sampling, seed=rest)))
+
+    return short

@@ -202,6 +202,30 @@ def seeds_are_consumed_by_prompts(engine: Any) -> None:
 
 
 @engine_mutant(engines, "draws_of", stage="seed")
+def seeds_depend_on_the_salt(_: Any, draws_of: Method) -> Method:
+    """The length of its salt is added to a request's seed."""
+
+    def changed(request: Any) -> Any:
+        seed = request.sampling.seed
+        moved = None if seed is None else seed + len(request.salt)
+        return draws_of(replace(request, sampling=replace(request.sampling, seed=moved)))
+
+    return changed
+
+
+@engine_mutant(engines, "draws_of", stage="seed")
+def seeds_depend_on_log_probabilities(_: Any, draws_of: Method) -> Method:
+    """Who asks for log probabilities is given the tokens of the next seed."""
+
+    def changed(request: Any) -> Any:
+        seed = request.sampling.seed
+        moved = None if seed is None else seed + request.logprobs
+        return draws_of(replace(request, sampling=replace(request.sampling, seed=moved)))
+
+    return changed
+
+
+@engine_mutant(engines, "draws_of", stage="seed")
 def seed_0_is_no_seed(engine: Any, draws_of: Method) -> Method:
     """A seed of 0 is taken for none."""
     return lambda request: draws_of(request) if request.sampling.seed else engine.draws

@@ -14,8 +14,7 @@ from harness.reference.layers import Norm
 @patched(stage="norm", spec="mixtral-8x7b", applies=anywhere)
 def norm_eps_default(model: ReferenceModel) -> None:
     """The epsilon of the norms is a default in place of the one given."""
-    for norm in norms(model):
-        norm.eps = 1e-6 if norm.eps != 1e-6 else 1e-5
+    _eps_default(model, "")
 
 
 def _eps_default(model: ReferenceModel, *endings: str) -> None:
@@ -48,7 +47,7 @@ def norm_gradient_lost(_: Any, forward: Method) -> Method:
     return lambda x: forward(x.detach())
 
 
-@mutant(
+of_a_tied_table = mutant(
     whole,
     "unembed",
     stage="gradient",
@@ -56,19 +55,15 @@ def norm_gradient_lost(_: Any, forward: Method) -> Method:
     spec="gpt3-175b",
     applies=lambda architecture: architecture.tie_embeddings,
 )
+
+
+@of_a_tied_table
 def tied_gradient_halved(model: Any, _: Method) -> Method:
     """A tied table gets only the gradient of its use as an embedding."""
     return lambda x: functional.linear(model.final_norm(x), model.embedding.weight.detach())
 
 
-@mutant(
-    whole,
-    "unembed",
-    stage="gradient",
-    origin="torchtitan#3764",
-    spec="gpt3-175b",
-    applies=lambda architecture: architecture.tie_embeddings,
-)
+@of_a_tied_table
 def tied_gradient_doubled(model: Any, unembed: Method) -> Method:
     """A tied table gets the gradient of its use as an unembedding twice."""
 

@@ -145,6 +145,35 @@ def an_error_closes_the_engine(engine: Any) -> None:
     engine.run, engine.add = running, adding
 
 
+def move_on(engine: Any) -> None:
+    """Each request that runs with a seed loses one of the numbers that it would draw."""
+    for sequence in engine.scheduler.running:
+        if sequence.request.sampling.seed is not None:
+            sequence.draws.uniform()
+
+
+@engine_mutant(engines, "fail", stage="fault")
+def a_fault_moves_seeds_on(engine: Any, fail: Method) -> Method:
+    """When a request fails, the generators of those that run with it draw for it once."""
+
+    def changed(sequence: Any, fault: Exception) -> None:
+        fail(sequence, fault)
+        move_on(engine)
+
+    return changed
+
+
+@engine_mutant(engines, "cancel", stage="fault")
+def who_leaves_moves_seeds_on(engine: Any, cancel: Method) -> Method:
+    """When a client leaves, the generators of those that run beside it draw for it once."""
+
+    def changed(sequence: Any) -> None:
+        cancel(sequence)
+        move_on(engine)
+
+    return changed
+
+
 @engine_mutant(engines, "cancel", stage="fault")
 def who_leaves_keeps_the_pages(_: Any, cancel: Method) -> Method:
     """The pages of a request whose client left are never free again."""

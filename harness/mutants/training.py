@@ -47,6 +47,11 @@ def _has_balance(architecture: Architecture) -> bool:
 # Noise
 
 
+def _uniform(router: Any, like: Tensor) -> Tensor:
+    """One number from [0, 1) for each element of a tensor, float64, by the router's generator."""
+    return torch.rand(like.shape, generator=router.generator, dtype=torch.float64)
+
+
 @mutant(moes, "forward", stage="noise", origin="transformers#24635")
 def noise_reaches_the_experts(moe: Any, forward: Method) -> Method:
     """In training the experts read the router's noised input."""
@@ -66,7 +71,7 @@ def noise_added_in_place(router: Any, forward: Method) -> Method:
         routed: Routed = forward(x, real)
         if not router.training or not router.router.jitter:
             return routed
-        noise = torch.rand(routed.logits.shape, generator=router.generator, dtype=torch.float64)
+        noise = _uniform(router, routed.logits)
         gumbel = -(-noise.clamp(1e-9, 1 - 1e-9).log()).log()
         return with_fields(routed, logits=routed.logits + gumbel.to(routed.logits))
 
@@ -81,8 +86,7 @@ def z_loss_on_noised_logits(model: Any, z_loss: Method) -> Method:
         router = model.routers[0]
         if not router.training or not router.router.jitter:
             return z_loss(logits, real)
-        noise = torch.rand(logits.shape, generator=router.generator, dtype=torch.float64).to(logits)
-        return z_loss(logits + 4 * noise, real)
+        return z_loss(logits + 4 * _uniform(router, logits).to(logits), real)
 
     return changed
 
@@ -101,8 +105,7 @@ def jitter_to_one_side(router: Any, _: Method) -> Method:
         jitter = router.router.jitter
         if not router.training or not jitter:
             return x
-        noise = torch.rand(x.shape, generator=router.generator, dtype=torch.float64).to(x)
-        return x * (1 + 2 * jitter * noise)
+        return x * (1 + 2 * jitter * _uniform(router, x).to(x))
 
     return changed
 
@@ -117,13 +120,18 @@ def jitter_drawn_once(router: Any, _: Method) -> Method:
         if not router.training or not jitter:
             return x
         if x.shape not in kept:
-            kept[x.shape] = torch.rand(x.shape, generator=router.generator, dtype=torch.float64).to(x)
+            kept[x.shape] = _uniform(router, x).to(x)
         return x * (1 - jitter + 2 * jitter * kept[x.shape])
 
     return changed
 
 
 # Loads and updates of correction biases
+
+
+def _count(router: Any, selected: Tensor, real: Tensor) -> None:
+    """Add the real tokens' choices [T, K] to the load, in whatever mode the router is."""
+    router.load += torch.bincount(selected[real].flatten(), minlength=router.n_experts)
 
 
 @mutant(whole, "update_biases", stage="balance", origin="torchtitan#3686", spec=V3, applies=corrected)
@@ -192,12 +200,13 @@ def bias_update_in_proportion(router: Any, _: Method) -> Method:
 
 
 @mutant(routers, "update_bias", stage="balance", spec=V3, applies=corrected)
-def loads_never_start_anew(router: Any, _: Method) -> Method:
+def loads_never_start_anew(router: Any, update: Method) -> Method:
     """The load that an update used is used again by the next one."""
 
     def changed(rate: float) -> None:
-        load = router.load.to(router.dtype)
-        router.correction_bias += rate * (load.mean() - load).sign()
+        load = router.load.clone()
+        update(rate)
+        router.load.copy_(load)
 
     return changed
 
@@ -220,7 +229,7 @@ def loads_counted_in_eval(router: Any, _: Method) -> Method:
 
     def changed(selected: Tensor, real: Tensor) -> None:
         if not router.recomputing:
-            router.load += torch.bincount(selected[real].flatten(), minlength=router.n_experts)
+            _count(router, selected, real)
 
     return changed
 
@@ -246,7 +255,7 @@ def loads_counted_again(router: Any, _: Method) -> Method:
 
     def changed(selected: Tensor, real: Tensor) -> None:
         if router.training:
-            router.load += torch.bincount(selected[real].flatten(), minlength=router.n_experts)
+            _count(router, selected, real)
 
     return changed
 
@@ -288,14 +297,9 @@ def recomputation_draws_new_noise(router: Any, perturb: Method) -> Method:
 # Batches and shards
 
 
-def scaled_gradient(factor: Callable[..., float]) -> Any:
-    """The identity of a tensor whose gradient is multiplied by factor(tensor)."""
-
-    def apply(value: Tensor) -> Tensor:
-        by = factor(value)
-        return by * value + (1 - by) * value.detach()
-
-    return apply
+def scaled_gradient(value: Tensor, by: float) -> Tensor:
+    """The tensor, its gradient multiplied."""
+    return by * value + (1 - by) * value.detach()
 
 
 @mutant(whole, "balance_loss", stage="loss", origin="Megatron-LM e3fe5508c9", spec=V3, applies=_has_balance)
@@ -307,23 +311,13 @@ def balance_shrinks_with_the_batch(_: Any, loss: Method) -> Method:
 @mutant(whole, "z_loss", stage="gradient", origin="Megatron-LM 87d9d2506a", spec=OLMOE)
 def z_gradient_grows_with_tokens(_: Any, z_loss: Method) -> Method:
     """The gradient of the z-loss is multiplied by the number of tokens."""
-
-    def changed(logits: Tensor, real: Tensor) -> Any:
-        apply = scaled_gradient(lambda _value: float(real.sum()))
-        return apply(z_loss(logits, real))
-
-    return changed
+    return lambda logits, real: scaled_gradient(z_loss(logits, real), float(real.sum()))
 
 
 @mutant(whole, "balance_loss", stage="gradient", origin="Megatron-LM#5047", spec=V3, applies=_has_balance)
 def balance_gradient_scaled_by_the_batch(_: Any, loss: Method) -> Method:
     """The gradient of the balance loss is divided by the number of sequences, its value is right."""
-
-    def changed(scores: Tensor, selected: Tensor, real: Tensor) -> Any:
-        apply = scaled_gradient(lambda _value: 1 / len(real))
-        return apply(loss(scores, selected, real))
-
-    return changed
+    return lambda scores, selected, real: scaled_gradient(loss(scores, selected, real), 1 / len(real))
 
 
 @mutant(whole, "gradients", stage="gradient", applies=anywhere, spec="llama-3.1-8b")
@@ -353,7 +347,7 @@ def experts_of_a_shard_learn_half(target: Any, compute: Method) -> Method:
 
     def changed(expert: int, rows: Tensor) -> Any:
         out: Tensor = compute(expert, rows)
-        return scaled_gradient(lambda _value: 0.5)(out) if expert >= target.n_experts // 2 else out
+        return scaled_gradient(out, 0.5) if expert >= target.n_experts // 2 else out
 
     return changed
 

@@ -23,17 +23,19 @@ OF_VISION: dict[str, Any] = {"stage": "vision", "spec": "llama-3.1-8b", "applies
 """A dense text model unless a row says otherwise: no token's experts keep it from being compared."""
 
 
+def entered(defect: F, make: Method, parts: Parts, method: str, **row: Any) -> F:
+    """Enter the mutant that `defect` describes, and give it back: make(part, original method) is put in that
+    method's place on every part of every cross-attention that is loaded."""
+
+    def patch(built: Any) -> None:
+        built.on_vision.append(lambda seeing: replace(make, parts(seeing), method))
+
+    return enter(defect, patch, **(OF_VISION | row))
+
+
 def vision_mutant(parts: Parts, method: str, **row: Any) -> Callable[[F], F]:
-    """Decorate make(part, original method) -> defective method, put in its place on every part of every
-    cross-attention that is loaded."""
-
-    def decorate(make: F) -> F:
-        def patch(built: Any) -> None:
-            built.on_vision.append(lambda seeing: replace(make, parts(seeing), method))
-
-        return enter(make, patch, **(OF_VISION | row))
-
-    return decorate
+    """Decorate make(part, original method) -> defective method, as in `entered`."""
+    return lambda make: entered(make, make, parts, method, **row)
 
 
 def seeings(seeing: SeeingModel) -> Iterable[Any]:
@@ -148,12 +150,7 @@ def visible(**row: Any) -> Callable[[F], F]:
     """Decorate change(visible [B, S, N]) -> the defective one."""
 
     def decorate(change: F) -> F:
-        def patch(built: Any) -> None:
-            built.on_vision.append(
-                lambda seeing: replace(lambda _, seen: lambda given: seen(change(given)), [seeing], "seen")
-            )
-
-        return enter(change, patch, **(OF_VISION | row))
+        return entered(change, lambda _, seen: lambda given: seen(change(given)), seeings, "seen", **row)
 
     return decorate
 
@@ -333,10 +330,7 @@ def with_a_cache(**row: Any) -> Callable[[F], F]:
 
             return changed
 
-        def patch(built: Any) -> None:
-            built.on_vision.append(lambda seeing: replace(make, [seeing], "run"))
-
-        return enter(change, patch, **(OF_VISION | {"stage": "cache"} | row))
+        return entered(change, make, seeings, "run", stage="cache", **row)
 
     return decorate
 

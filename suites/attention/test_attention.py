@@ -6,7 +6,6 @@ Letters: B sequences, S tokens per sequence, W attention window, H query heads, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,26 +14,9 @@ from harness.conformance import Case, conformance, require
 from harness.conformance.comparison import agree, finite, margin, note_share, ragged
 from harness.conformance.conventions import Seen, explained
 from harness.conformance.conventions.models import Pass, find_model
-from harness.conformance.narrowing import narrowed
+from harness.conformance.narrowing import located, narrowed
+from harness.conformance.passes import forward, independent
 from harness.spec.architecture import Architecture
-
-
-def forward(model: Any, tokens: Tensor, **arguments: Tensor | None) -> Tensor:
-    """Logits [B, S, V] without gradients."""
-    with torch.no_grad():
-        logits: Tensor = model.forward(tokens, **arguments)
-    return logits
-
-
-def tokens_compete(architecture: Architecture | None) -> bool:
-    """Whether a token's experts depend on other tokens, by design."""
-    moe = None if architecture is None else architecture.moe
-    return moe is not None and moe.router.capacity_factor is not None
-
-
-def independent(architecture: Architecture | None) -> bool:
-    """Applies where attention is the only way from one token to another."""
-    return not tokens_compete(architecture)
 
 
 def has_window(architecture: Architecture | None) -> bool:
@@ -272,7 +254,9 @@ def test_one_layer_equals_reference(case: Case) -> None:
                 compared = bound.comparable & batch.mask
                 note_share(case, compared[batch.mask])
                 logits = forward(model, batch.tokens, mask=batch.mask)
-                seen.add(Pass(architecture, weights, batch.tokens, logits, bound, batch.mask))
+                one = Pass(architecture, weights, batch.tokens, logits, bound, batch.mask)
+                seen.add(one)
                 finite(logits, "logits at real tokens", where=batch.mask)
                 what = f"logits of one {kind} layer at std {std}"
-                agree(logits, bound.logits, bound.radius, what=what, where=compared)
+                with located(case, model, one):
+                    agree(logits, bound.logits, bound.radius, what=what, where=compared)

@@ -5,47 +5,14 @@ Letters: B sequences, S tokens per sequence, W attention window.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from harness.conformance import Case, conformance, require
+from harness.conformance import Case, conformance
 from harness.conformance.comparison import agree, finite, margin, note_share
 from harness.conformance.narrowing import narrowed
+from harness.conformance.passes import forward, in_pieces, independent
 from harness.implementations.protocols import Unsupported
-from harness.spec.architecture import Architecture
-
-
-def splittable(architecture: Architecture | None) -> bool:
-    """Applies where no capacity counts the tokens of a call."""
-    moe = None if architecture is None else architecture.moe
-    return moe is None or moe.router.capacity_factor is None
-
-
-def in_pieces(
-    model: Any,
-    tokens: Tensor,
-    sizes: Sequence[int],
-    mask: Tensor | None = None,
-    positions: Tensor | None = None,
-) -> Tensor:
-    """Logits [B, S, V] of tokens [B, S], computed in pieces of the given sizes."""
-    cache, done, logits = None, 0, []
-    with torch.no_grad():
-        for size in sizes:
-            upto = done + size
-            seen = None if mask is None else mask[:, :upto]
-            at = None if positions is None else positions[:, done:upto]
-            part, cache = model.extend(tokens[:, done:upto], cache, mask=seen, positions=at)
-            require(
-                part.shape[:2] == (len(tokens), size),
-                f"extend gives logits {tuple(part.shape)} for {size} tokens",
-            )
-            logits.append(part)
-            done = upto
-    return torch.cat(logits, dim=1)
 
 
 def splits(length: int) -> list[tuple[int, ...]]:
@@ -70,7 +37,7 @@ def splits(length: int) -> list[tuple[int, ...]]:
         "cache-block-lost",
         "chunk-forgets-the-past",
     ),
-    applies=splittable,
+    applies=independent,
     costly=True,
 )
 def test_any_split_equals_one_pass(case: Case) -> None:
@@ -85,8 +52,7 @@ def test_any_split_equals_one_pass(case: Case) -> None:
     for tokens in batches:
         bound = margin(case, model, tokens)
         note_share(case, bound.comparable)
-        with torch.no_grad():
-            whole = model.forward(tokens)
+        whole = forward(model, tokens)
         for sizes in splits(tokens.shape[1]):
             pieces = in_pieces(model, tokens, sizes)
             what = f"logits of {tokens.shape[1]} tokens in pieces of {list(sizes)}"
@@ -98,7 +64,7 @@ def test_any_split_equals_one_pass(case: Case) -> None:
     clause="architecture.attention",
     needs=("forward", "cache"),
     kills=("positions-count-padding", "cache-forgets-padding", "padding-poisons"),
-    applies=splittable,
+    applies=independent,
     costly=True,
 )
 def test_padding_before_a_cache_is_irrelevant(case: Case) -> None:
@@ -110,8 +76,7 @@ def test_padding_before_a_cache_is_irrelevant(case: Case) -> None:
         mask[row, :pads] = False
     bound = margin(case, model, tokens, mask=mask)
     note_share(case, bound.comparable[mask])
-    with torch.no_grad():
-        alone = [model.forward(tokens[row][real][None])[0] for row, real in enumerate(mask)]
+    alone = [forward(model, tokens[row][real][None])[0] for row, real in enumerate(mask)]
 
     def check(sizes: tuple[int, ...], positions: Tensor | None = None, stage: str = "") -> None:
         pieces = in_pieces(model, tokens, sizes, mask, positions)
@@ -134,7 +99,7 @@ def test_padding_before_a_cache_is_irrelevant(case: Case) -> None:
     clause="architecture.positions",
     needs=("forward", "weights", "cache"),
     kills=("positions-argument-ignored", "positions-ignored-with-a-cache", "positions-wrap"),
-    applies=lambda a: splittable(a) and a is not None and a.positions != "none",
+    applies=lambda a: independent(a) and a is not None and a.positions != "none",
 )
 def test_positions_may_be_given(case: Case) -> None:
     """Positions that are given, far ones and with gaps, are used, in one pass and in pieces with a cache."""
@@ -164,7 +129,7 @@ def test_positions_may_be_given(case: Case) -> None:
     needs=("cache",),
     kills=("cache-shared-between-calls",),
     level="SHOULD",
-    applies=splittable,
+    applies=independent,
 )
 def test_a_cache_may_be_used_twice(case: Case) -> None:
     """Going on from a cache leaves it as it was: another continuation gives what it gives afresh."""

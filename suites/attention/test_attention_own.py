@@ -6,41 +6,11 @@ Letters: B sequences, S tokens per sequence, W attention window.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
-from torch import Tensor
 
 from harness.conformance import Case, conformance
 from harness.conformance.comparison import agree, finite, margin, note_share
-from harness.spec.architecture import Architecture
-
-
-def independent(architecture: Architecture | None) -> bool:
-    """Applies where attention is the only way from one token to another."""
-    moe = None if architecture is None else architecture.moe
-    return moe is None or moe.router.capacity_factor is None
-
-
-def forward(model: Any, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Logits [B, S, V] without gradients."""
-    with torch.no_grad():
-        logits: Tensor = model.forward(tokens, mask=mask)
-    return logits
-
-
-def in_pieces(model: Any, tokens: Tensor, sizes: Sequence[int], mask: Tensor | None) -> Tensor:
-    """Logits [B, S, V] of tokens [B, S], computed in pieces of the given sizes with a cache."""
-    cache, done, logits = None, 0, []
-    with torch.no_grad():
-        for size in sizes:
-            upto = done + size
-            seen = None if mask is None else mask[:, :upto]
-            part, cache = model.extend(tokens[:, done:upto], cache, mask=seen)
-            logits.append(part)
-            done = upto
-    return torch.cat(logits, dim=1)
+from harness.conformance.passes import forward, in_pieces, independent
 
 
 @conformance(
@@ -113,15 +83,15 @@ def test_a_mask_without_padding_changes_nothing(case: Case) -> None:
     note_share(case, bound.comparable)
     whole = forward(model, tokens)
     compare = {
-        "with a mask that is true everywhere": forward(model, tokens, every),
-        "in pieces without a mask": in_pieces(model, tokens, (13, 1, 9), None),
+        "with a mask that is true everywhere": forward(model, tokens, mask=every),
+        "in pieces without a mask": in_pieces(model, tokens, (13, 1, 9)),
         "in pieces with a mask that is true everywhere": in_pieces(model, tokens, (13, 1, 9), every),
     }
     # Where nothing is padded an implementation may leave the mask out altogether.
     beside = torch.cat([tokens, tokens[:1]])
     padded = torch.cat([every, every[:1]])
     padded[-1, :3] = False
-    compare["beside a padded sequence"] = forward(model, beside, padded)[:-1]
+    compare["beside a padded sequence"] = forward(model, beside, mask=padded)[:-1]
     compare["in pieces beside a padded sequence"] = in_pieces(model, beside, (13, 1, 9), padded)[:-1]
     for label, logits in compare.items():
         what = f"logits {label}"
@@ -144,7 +114,7 @@ def test_rows_that_see_nothing_are_harmless(case: Case) -> None:
     mask[1, :11] = False
     bound = margin(case, model, tokens[1:], mask=mask[1:])
     note_share(case, bound.comparable[mask[1:]])
-    together = forward(model, tokens, mask)
+    together = forward(model, tokens, mask=mask)
     finite(together, "logits, those of padding too,", stage="mask")
     for row in (1, 2):
         real = mask[row]
@@ -185,7 +155,7 @@ def test_long_steps_on_a_filled_cache(case: Case) -> None:
         real = torch.ones_like(some, dtype=torch.bool) if seen is None else seen
         bound = margin(case, model, some, mask=seen)
         note_share(case, bound.comparable[real])
-        whole = forward(model, some, seen)
+        whole = forward(model, some, mask=seen)
         for sizes in ((12, 9, rest), (15, 2, 1, 3, rest), (20, 1, *(2,) * (rest // 2), *(1,) * (rest % 2))):
             pieces = in_pieces(model, some, sizes, seen)
             what = f"logits of {len(some)} sequences in pieces of {list(sizes)}"

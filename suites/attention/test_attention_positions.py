@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,21 +17,8 @@ from harness.conformance.comparison import agree, margin, note_share
 from harness.conformance.conventions import Seen, explained
 from harness.conformance.conventions.models import Pass, find_model
 from harness.conformance.narrowing import narrowed
+from harness.conformance.passes import forward, has_rope
 from harness.spec.architecture import Architecture
-
-
-def forward(model: Any, tokens: Tensor, **arguments: Tensor | None) -> Tensor:
-    """Logits [B, S, V] without gradients."""
-    with torch.no_grad():
-        logits: Tensor = model.forward(tokens, **arguments)
-    return logits
-
-
-def has_rope(architecture: Architecture | None) -> bool:
-    """Applies to rotary positions, where attention is the only way from one token to another."""
-    if architecture is None or architecture.attention.rope is None:
-        return False
-    return architecture.moe is None or architecture.moe.router.capacity_factor is None
 
 
 @conformance(
@@ -50,13 +36,8 @@ def test_rope_is_relative(case: Case) -> None:
     at = torch.arange(tokens.shape[1]).expand_as(tokens)
     here = margin(case, model, tokens, positions=at)
     before = forward(model, tokens, positions=at)
-    agree(
-        forward(model, tokens),
-        before,
-        2 * here.radius,
-        what="logits without positions",
-        where=here.comparable,
-    )
+    unsaid, what = forward(model, tokens), "logits without positions"
+    agree(unsaid, before, 2 * here.radius, what=what, where=here.comparable)
     for by in (1, 17, 50):
         there = margin(case, model, tokens, positions=at + by)
         compared = here.comparable & there.comparable

@@ -6,22 +6,14 @@ Letters: B sequences, S tokens per sequence.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from harness.conformance import Case, conformance, require
 from harness.conformance.case import replaced
 from harness.conformance.comparison import finite
+from harness.conformance.passes import forward, has_rope
 from harness.evidence.margins import SAFETY, unit_roundoff
-from harness.spec.architecture import Architecture
 
 BFLOAT16 = torch.bfloat16
-
-
-def has_rope(architecture: Architecture | None) -> bool:
-    """Applies to rotary positions, where no capacity makes tokens compete."""
-    if architecture is None or architecture.attention.rope is None:
-        return False
-    return architecture.moe is None or architecture.moe.router.capacity_factor is None
 
 
 @conformance(
@@ -45,9 +37,7 @@ def test_bfloat16_model_turns_in_float32(case: Case) -> None:
         """That of half of the tokens is below: a token whose experts rounding changes does not matter. And
         what an angle in float32 explains: it errs by u of itself, and moves a vector by as much."""
         at = torch.arange(first, first + 14).expand_as(tokens)
-        with torch.no_grad():
-            exact: Tensor = reference.forward(tokens, mask=mask, positions=at)
-            logits = model.forward(tokens, mask=mask, positions=at)
+        exact, logits = (forward(one, tokens, mask=mask, positions=at) for one in (reference, model))
         finite(logits, f"logits at positions from {first}")
         size = exact.square().mean(-1).sqrt().median()
         angle = (first + 14) * unit_roundoff(torch.float32) * float(size)

@@ -17,7 +17,7 @@ from harness.conformance.comparison import agree, finite, margin, note_share, ra
 from harness.conformance.conventions import Seen, explained
 from harness.conformance.conventions.models import Pass, find_model
 from harness.conformance.gradients import check_gradients
-from harness.conformance.narrowing import narrowed
+from harness.conformance.narrowing import located, narrowed
 from harness.evidence.flops import FlopCounter
 from harness.implementations.protocols import Unsupported
 from harness.spec.architecture import Architecture
@@ -73,8 +73,10 @@ def test_logits_equal_reference(case: Case) -> None:
     finite(logits, "logits at real tokens", where=batch.mask)
     seen = Seen[Pass]()
     with explained(seen, find_model(case)):
-        seen.add(Pass(architecture, weights, batch.tokens, logits, bound, batch.mask))
-        used = agree(logits, bound.logits, bound.radius, what="logits", where=compared)
+        one = Pass(architecture, weights, batch.tokens, logits, bound, batch.mask)
+        seen.add(one)
+        with located(case, model, one):
+            used = agree(logits, bound.logits, bound.radius, what="logits", where=compared)
     case.note("share_of_tolerance", round(used, 4))
     require(logits.shape[-1] == architecture.vocab_size, "logits are not over the vocabulary")
 
@@ -179,9 +181,10 @@ def test_variants_equal_reference(case: Case) -> None:
             tokens_compared += int(compared.sum())
             with torch.no_grad():
                 logits = model.forward(batch.tokens, mask=batch.mask)
-            held = variant.weights
-            seen.add(Pass(variant.architecture, held, batch.tokens, logits, bound, batch.mask))
-            agree(logits, bound.logits, bound.radius, what=f"{variant.label}: logits", where=compared)
+            one = Pass(variant.architecture, variant.weights, batch.tokens, logits, bound, batch.mask)
+            seen.add(one)
+            with located(case, model, one):
+                agree(logits, bound.logits, bound.radius, what=f"{variant.label}: logits", where=compared)
     case.note("tokens_compared", tokens_compared)
     if not tokens_compared:
         raise Void("no variant could be compared: " + "; ".join(passed_over))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,17 +17,13 @@ from harness.conformance.comparison import agree, finite, margin, note_share, ra
 from harness.conformance.conventions import Seen, explained
 from harness.conformance.conventions.models import Pass, find_model
 from harness.conformance.narrowing import HALF_THE_DIGITS, narrowed
+from harness.conformance.passes import forward, independent
 from harness.spec.architecture import Architecture
 
 
 def has_architecture(architecture: Architecture | None) -> bool:
     """Applies where there is a spec to compare with."""
     return architecture is not None
-
-
-def dropless(architecture: Architecture | None) -> bool:
-    """Applies where a token does not compete with others for an expert's places."""
-    return architecture is None or architecture.moe is None or architecture.moe.router.capacity_factor is None
 
 
 def check_logits(
@@ -45,8 +40,7 @@ def check_logits(
     bound = margin(case, model, tokens, architecture=architecture, weights=weights)
     assert bound.logits is not None
     note_share(case, bound.comparable)
-    with torch.no_grad():
-        logits = model.forward(tokens)
+    logits = forward(model, tokens)
     finite(logits, what, stage=stage)
     seen = Seen[Pass]()
     with explained(seen, find_model(case)):
@@ -215,7 +209,7 @@ def test_large_logits_equal_reference(case: Case) -> None:
     clause="architecture",
     needs=("forward",),
     kills=("mask-kept-by-shape", "history-in-rope", "reseeds-the-global-generator"),
-    applies=dropless,
+    applies=independent,
     costly=True,
 )
 def test_earlier_calls_do_not_matter(case: Case) -> None:
@@ -230,18 +224,12 @@ def test_earlier_calls_do_not_matter(case: Case) -> None:
         # A state that no call would seed it with by chance.
         torch.default_generator.manual_seed(case.generator().initial_seed())
         before = torch.random.get_rng_state()
-        _forward(used, first.tokens, mask=first.mask)
-        _forward(used, first.tokens)
-        _forward(used, longer)
-        after = _forward(used, tokens, mask=other)
+        forward(used, first.tokens, mask=first.mask)
+        forward(used, first.tokens)
+        forward(used, longer)
+        after = forward(used, tokens, mask=other)
         same = torch.equal(before, torch.random.get_rng_state())
     require(same, "a call in eval mode draws from torch's global generator, or seeds it", stage="state")
     what = "logits after other calls"
-    expected = _forward(fresh, tokens, mask=other)
+    expected = forward(fresh, tokens, mask=other)
     agree(after, expected, 2 * bound.radius, what=what, where=bound.comparable & other, stage="state")
-
-
-def _forward(model: Any, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = model.forward(tokens, mask=mask)
-    return logits

@@ -6,27 +6,13 @@ Letters: B sequences, S tokens per sequence, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
 
 from harness.conformance import Case, conformance, require
 from harness.conformance.comparison import agree, finite, margin, note_share, ragged
 from harness.conformance.gradients import language_model_loss
-from harness.spec.architecture import Architecture
-
-
-def dropless(architecture: Architecture | None) -> bool:
-    """Applies where a token does not compete with others for an expert's places."""
-    return architecture is None or architecture.moe is None or architecture.moe.router.capacity_factor is None
-
-
-def forward(model: Any, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Logits [B, S, V] without gradients."""
-    with torch.no_grad():
-        logits: Tensor = model.forward(tokens, mask=mask)
-    return logits
+from harness.conformance.narrowing import Call, narrowed, parted
+from harness.conformance.passes import forward, in_pieces, independent
 
 
 @conformance(
@@ -34,7 +20,7 @@ def forward(model: Any, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
     clause="architecture",
     needs=("forward", "alternatives"),
     kills=("idle-experts-answer", "rows-right-for-one-sequence", "weights-of-another-slot"),
-    applies=dropless,
+    applies=independent,
     costly=True,
 )
 def test_alternatives_agree(case: Case) -> None:
@@ -59,24 +45,22 @@ def test_alternatives_agree(case: Case) -> None:
         bound = margin(case, model, tokens, mask=mask)
         real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         note_share(case, bound.comparable[real])
-        expected = forward(model, tokens, mask)
+        expected, compared = forward(model, tokens, mask=mask), bound.comparable & real
+        call = Call(tokens, compared.flatten().nonzero()[:, 0], mask)
         for way, other in others.items():
             what = f"logits of {label} with {way}"
-            found = forward(other, tokens, mask)
+            found = forward(other, tokens, mask=mask)
             finite(found, what, where=real)
-            agree(found, expected, 2 * bound.radius, what=what, where=bound.comparable & real)
+            with narrowed(case, parted(case, model, [(call, call)], other=other), otherwise=""):
+                agree(found, expected, 2 * bound.radius, what=what, where=compared)
     bound = margin(case, model, many)
     expected = forward(model, many)
     for way, other in others.items():
         if "cache" not in other.capabilities:
             continue
-        with torch.no_grad():
-            cache, steps = None, []
-            for start, end in ((0, 13), (13, 14), (14, 23)):
-                step, cache = other.extend(many[:, start:end], cache)
-                steps.append(step)
+        pieces = in_pieces(other, many, (13, 1, 9))
         what = f"logits in pieces of 13, 1 and 9 tokens with {way}"
-        agree(torch.cat(steps, 1), expected, 2 * bound.radius, what=what, where=bound.comparable)
+        agree(pieces, expected, 2 * bound.radius, what=what, where=bound.comparable)
 
 
 @conformance(
@@ -84,7 +68,7 @@ def test_alternatives_agree(case: Case) -> None:
     clause="architecture",
     needs=("forward", "train", "gradients"),
     kills=("training-wears-off-slowly",),
-    applies=dropless,
+    applies=independent,
 )
 def test_training_leaves_eval_as_it_was(case: Case) -> None:
     """After forward and backward passes of training that change no weight, eval gives what it gave before."""
@@ -92,7 +76,7 @@ def test_training_leaves_eval_as_it_was(case: Case) -> None:
     batch = ragged(case)
     bound = margin(case, model, batch.tokens, mask=batch.mask)
     note_share(case, bound.comparable[batch.mask])
-    before = forward(model, batch.tokens, batch.mask)
+    before = forward(model, batch.tokens, mask=batch.mask)
     weights = {name: tensor.detach().clone() for name, tensor in model.parameters().items()}
     with model.training():
         for _ in range(2):
@@ -100,6 +84,6 @@ def test_training_leaves_eval_as_it_was(case: Case) -> None:
             model.gradients(language_model_loss(logits, batch))
     for name, tensor in model.parameters().items():
         require(torch.equal(tensor, weights[name]), f"{name} has changed without an update", stage="state")
-    after = forward(model, batch.tokens, batch.mask)
+    after = forward(model, batch.tokens, mask=batch.mask)
     where = bound.comparable & batch.mask
     agree(after, before, 2 * bound.radius, what="logits after training", where=where, stage="state")

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from harness.conformance import Case, conformance, require
 from harness.conformance.decoding import generated, lossless, methods, precise, taken, trial, ways
-from harness.conformance.laws import rounds_law, token_law
+from harness.conformance.laws import Outcome, outcome, rounds_law, token_law
+from harness.conformance.narrowing import narrowed
+from harness.conformance.passes import independent
 from harness.conformance.property import Violation, Void
-from harness.conformance.serving import GREEDY, ask_for, honours, independent, offered, prompts
+from harness.conformance.serving import GREEDY, ask_for, honours, offered, prompts
 from harness.evidence.law import Law
 from harness.reference.engine import Completion, Grammar, Request, Sampling, Speculation
 from harness.theory.speculation import standing_probabilities
@@ -53,20 +55,26 @@ def test_closed_form(case: Case) -> None:
     t = trial(case, 3)
     methods(case, t.model, "draft_model")
     request = t.request(3)
-    found = t.law_of(lambda: counted(generated(t.model, [request], Speculation("draft_model", 2))[0]))
+    two = Speculation("draft_model", 2)
+
+    def program() -> tuple[Outcome, tuple[int, int]]:
+        answer = generated(t.model, [request], two)[0]
+        return outcome(answer), counted(answer)
+
+    def tokens(aside: Case) -> None:
+        lossless(aside, "tokens", found.of(lambda both: both[0]), t.wanted(request))
+
+    found = t.law_of(program)
     laws = [
         lambda prefix, logits=logits: token_law(logits(prefix), request, prefix)
         for logits in (t.logits(request), t.drafted_logits(request))
     ]
     wanted = standing_probabilities(laws[0], laws[1], 2)[-1]
     case.note("probability_that_all_stand", wanted)
-    lossless(
-        case,
-        "all of 2 drafts stand",
-        found.of(lambda counts: counts == (1, 2)),
-        Law({True: wanted, False: 1 - wanted}),
-        stage="acceptance",
-    )
+    standing = found.of(lambda both: both[1] == (1, 2))
+    # Where the tokens keep their law, fewer or more drafts stand than the rule of acceptance has it.
+    with narrowed(case, tokens, otherwise="acceptance"):
+        lossless(case, "all of 2 drafts stand", standing, Law({True: wanted, False: 1 - wanted}), stage="")
 
 
 def counted(answer: Completion) -> tuple[int, int]:

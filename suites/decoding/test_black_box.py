@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from harness.conformance import Case, conformance, require
 from harness.conformance.decoding import generated, ways
+from harness.conformance.passes import independent
 from harness.conformance.property import Void
-from harness.conformance.serving import ask_for, independent, prompts
+from harness.conformance.serving import ask_for, prompts
 from harness.evidence.betting import TwoSamples, share_of
 from harness.reference.engine import Request, Sampling, Speculation
 
@@ -85,7 +86,7 @@ def test_black_box_law(case: Case) -> None:
                     not rejected,
                     f"{name}: after {bets.pairs} pairs of completions their laws are sure to differ (alpha "
                     f"{bets.alpha:.2g}): {apart(bets)}",
-                    stage="verify",
+                    stage="law",
                 )
         case.note(f"total variation, {name}", apart(bets))
         if not drafted:

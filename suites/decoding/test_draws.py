@@ -15,8 +15,9 @@ import torch
 from harness.conformance import Case, conformance, require
 from harness.conformance.decoding import generated, lossless, offered_only, precise, trial, ways
 from harness.conformance.laws import outcome
+from harness.conformance.passes import independent
 from harness.conformance.property import Void
-from harness.conformance.serving import ask_for, honours, independent, prompts
+from harness.conformance.serving import ask_for, honours, prompts
 from harness.evidence.law import Law
 from harness.reference.engine import Request, Sampling, Speculation
 

@@ -6,7 +6,8 @@ import torch
 
 from harness.conformance import Case, conformance, require
 from harness.conformance.decoding import generated, precise, ways
-from harness.conformance.serving import GREEDY, Agreement, exact, greedy, independent, same_all
+from harness.conformance.passes import independent
+from harness.conformance.serving import GREEDY, Agreement, exact, greedy, same_all
 from harness.reference.engine import Request, Speculation
 
 LENGTHS = (3, 7, 8, 9, 15, 4, 33, 61)

@@ -10,6 +10,7 @@ import torch
 
 from harness.conformance import Case, conformance, require
 from harness.conformance.decoding import generated, precise, ways
+from harness.conformance.passes import independent
 from harness.conformance.property import Void
 from harness.conformance.serving import (
     GREEDY,
@@ -18,7 +19,6 @@ from harness.conformance.serving import (
     ask_for,
     exact,
     greedy,
-    independent,
     offered,
     same_all,
     seeded,

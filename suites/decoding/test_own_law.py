@@ -13,8 +13,9 @@ from typing import Any
 
 from harness.conformance import Case, conformance
 from harness.conformance.decoding import generated, precise, ways
+from harness.conformance.passes import independent
 from harness.conformance.property import Violation, Void, require
-from harness.conformance.serving import ask_for, independent, prompts
+from harness.conformance.serving import ask_for, prompts
 from harness.evidence.betting import RUN_ALPHA, Betting, Repetition, share_of
 from harness.evidence.law import Law
 from harness.reference.engine import Request, Sampling, Speculation

@@ -6,8 +6,9 @@ from __future__ import annotations
 from harness.conformance import Case, conformance
 from harness.conformance.decoding import enumerated, generated, lossless, precise, ways
 from harness.conformance.laws import Outcome, outcome
+from harness.conformance.passes import independent
 from harness.conformance.property import Void
-from harness.conformance.serving import independent, prompts, settings
+from harness.conformance.serving import prompts, settings
 from harness.implementations.protocols import Unsupported
 from harness.reference.engine import Request, Sampling, Speculation
 

@@ -15,26 +15,18 @@ from harness.conformance import Case, conformance, require
 from harness.conformance.capture import may_have_experts, traces
 from harness.conformance.comparison import agree, finite, margin, note_share, ragged
 from harness.conformance.narrowing import Call, narrowed, parted
+from harness.conformance.passes import forward, independent
 from harness.implementations.protocols import Unsupported
 from harness.spec.architecture import Architecture
 
 
 def dropless(architecture: Architecture | None) -> bool:
     """Applies to MoE without a capacity limit, under which tokens do compete for places."""
-    return may_have_experts(architecture) and (
-        architecture is None or architecture.moe is None or architecture.moe.router.capacity_factor is None
-    )
+    return may_have_experts(architecture) and independent(architecture)
 
 
 ONE = torch.tensor([0])
 """The one token of a call of one."""
-
-
-def forward(model: Any, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Logits [B, S, V] without gradients."""
-    with torch.no_grad():
-        logits: Tensor = model.forward(tokens, mask=mask)
-    return logits
 
 
 @conformance(
@@ -42,7 +34,6 @@ def forward(model: Any, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
     clause="architecture.moe",
     needs=("forward", "routing"),
     kills=(
-        "rows-right-for-one-sequence",
         "token-order-matters",
         "single-token-not-normalised",
         "places-kept-without-drops",
@@ -86,7 +77,7 @@ def test_batch_is_irrelevant(case: Case) -> None:
     batch = ragged(case)
     bound = margin(case, model, batch.tokens, mask=batch.mask)
     note_share(case, bound.comparable[batch.mask])
-    together = forward(model, batch.tokens, batch.mask)
+    together = forward(model, batch.tokens, mask=batch.mask)
     for row, real in enumerate(batch.mask):
         alone = forward(model, batch.solo(row))[0]
         own = bound.pick((row, real))
@@ -116,10 +107,10 @@ def test_padding_is_irrelevant(case: Case) -> None:
     extra = case.tokens(len(other), 5)
     bound = margin(case, model, batch.tokens, mask=batch.mask)
     note_share(case, bound.comparable[batch.mask])
-    before = forward(model, batch.tokens, batch.mask)
+    before = forward(model, batch.tokens, mask=batch.mask)
     finite(before, "logits at real tokens", where=batch.mask)
     compared = bound.comparable & batch.mask
-    after = forward(model, other, batch.mask)
+    after = forward(model, other, mask=batch.mask)
     rows = compared.flatten().nonzero()[:, 0]
     pair = Call(batch.tokens, rows, batch.mask), Call(other, rows, batch.mask)
     # Only attention leads from one token to the input of another's router.
@@ -127,7 +118,7 @@ def test_padding_is_irrelevant(case: Case) -> None:
         agree(after, before, 2 * bound.radius, what="logits with other ids at padding", where=compared)
     wider = torch.cat([extra[:, :2], other, extra[:, 2:]], dim=1)
     mask = torch.nn.functional.pad(batch.mask, (2, 3))
-    after = forward(model, wider, mask)[:, 2:-3]
+    after = forward(model, wider, mask=mask)[:, 2:-3]
     agree(after, before, 2 * bound.radius, what="logits with more padding", where=compared)
 
 
@@ -194,11 +185,11 @@ def test_calls_leave_no_trace(case: Case) -> None:
     note_share(case, bound.comparable[batch.mask])
     weights = {name: tensor.detach().clone() for name, tensor in model.parameters().items()}
     tokens, mask = batch.tokens.clone(), batch.mask.clone()
-    before = forward(model, tokens, mask)
+    before = forward(model, tokens, mask=mask)
     losses = _losses(model, batch.tokens, batch.mask)
     forward(model, longer)
     traces(model, longer)
-    again = forward(model, tokens, mask)
+    again = forward(model, tokens, mask=mask)
     require(torch.equal(tokens, batch.tokens), "the tokens that were passed in have changed", stage="state")
     require(torch.equal(mask, batch.mask), "the mask that was passed in has changed", stage="state")
     for name, tensor in model.parameters().items():

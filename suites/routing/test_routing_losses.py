@@ -17,6 +17,7 @@ from harness.conformance.capture import moe_of, scaled, traces
 from harness.conformance.comparison import Ragged, agree, longest_product, margin, ragged
 from harness.conformance.conventions import Seen, explained
 from harness.conformance.conventions.losses import Lost, find_loss
+from harness.conformance.narrowing import narrowed
 from harness.evidence.margins import Rounding, Spread, monte_carlo, unit_roundoff
 from harness.implementations.protocols import Unsupported
 from harness.reference import ReferenceModel
@@ -261,15 +262,20 @@ def check_gradient(case: Case, kind: str) -> None:
     require(value.requires_grad, f"the {kind} loss does not depend on the weights", stage="gradient")
     found = model.gradients(value)
     inner = longest_product(architecture)
+    centre, most = expected["value"].centre, float(expected["value"].radius(inner=inner))
+
+    def its_value(_: Case) -> None:
+        agree(value.detach(), centre, most, what=f"{kind} loss", stage="loss")
+
     names = sorted(expected.keys() - {"value"})
     radii = {name: float(expected[name].radius(inner=inner).amax()) for name in names}
     centres = {name: expected[name].centre for name in names}
     seen = Seen[Lost]()
-    with explained(seen, find_loss):
+    with explained(seen, find_loss), narrowed(case, its_value, otherwise="gradient"):
         seen.add(Lost(kind, "gradients", reference, batch, found, centres, radii))
         for name in names:
             what = f"gradient of the {kind} loss in {name}"
-            agree(found[name], centres[name], radii[name], what=what, stage="gradient")
+            agree(found[name], centres[name], radii[name], what=what)
 
 
 @conformance(

@@ -13,6 +13,7 @@ from torch import Tensor
 from harness.conformance import Case, conformance
 from harness.conformance.capture import may_have_experts, scaled, traces
 from harness.conformance.comparison import agree
+from harness.conformance.passes import independent
 from harness.implementations.protocols import Routing, Unsupported
 from harness.spec.architecture import Architecture
 
@@ -21,8 +22,7 @@ JITTER = 0.2
 
 def noisy(architecture: Architecture | None) -> bool:
     """Applies to MoE without a capacity limit, under which noise may change what is dropped."""
-    moe = None if architecture is None else architecture.moe
-    return may_have_experts(architecture) and (moe is None or moe.router.capacity_factor is None)
+    return may_have_experts(architecture) and independent(architecture)
 
 
 def with_noise(case: Case, *, silent: bool) -> Any:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from harness.conformance import Case, Void, conformance, require
 from harness.conformance.capture import may_have_experts, traces
 from harness.conformance.comparison import finite, ragged
+from harness.conformance.passes import independent
 from harness.implementations.protocols import Routing, Unsupported
 from harness.spec.architecture import Architecture
 
@@ -24,8 +25,7 @@ a tie."""
 
 def dropless(architecture: Architecture | None) -> bool:
     """Applies to MoE without a capacity limit, under which a token may not get what it chose."""
-    moe = None if architecture is None else architecture.moe
-    return may_have_experts(architecture) and (moe is None or moe.router.capacity_factor is None)
+    return may_have_experts(architecture) and independent(architecture)
 
 
 def shown(case: Case) -> Iterator[tuple[Routing, Tensor]]:

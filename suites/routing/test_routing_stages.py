@@ -166,18 +166,7 @@ def test_combines_the_experts(case: Case) -> None:
     layers = Seen(capture(case))
     with explained(layers, find_output):
         for layer in layers:
-            weights = layer.combine_weights()
-            if layer.trace.weights is not None:
-                weights = stages.Judged(layer.trace.weights.double(), weights.bound)
-            judged = stages.combine(
-                layer.variant.architecture,
-                layer.variant.weights,
-                layer.trace.layer,
-                layer.shown("hidden"),
-                layer.trace.indices,
-                weights,
-                FLOAT32,
-            )
+            judged = layer.output()
             what = f"{layer.where}: output"
             agree(
                 layer.shown("output"),

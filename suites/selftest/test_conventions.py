@@ -24,7 +24,7 @@ from harness.mutants import CATALOGUE
 from harness.mutants.defect import Mutant, MutantImplementation
 
 PROPERTIES = {prop.slug: (prop, function) for prop, function in properties()}
-STAGES = {
+STAGES: dict[str, tuple[Convention[Any], ...]] = {
     "routing.projects-the-input": PROJECT,
     "routing.scores-the-logits": SCORE,
     "routing.selects-the-best": SELECT,
@@ -60,6 +60,8 @@ WHOLE = (
     ("compute.logits-equal-reference", "unweighted-sum"),
     ("compute.logits-equal-reference", "gate-and-up-swapped"),
     ("compute.logits-equal-reference", "final-norm-dropped"),
+    ("compute.logits-equal-reference", "router-in-bfloat16"),
+    ("compute.logits-equal-reference", "selects-the-worst"),
     ("compute.faint-input-equals-reference", "norm-eps-default"),
     ("compute.variants-equal-reference", "scaling-only-if-normalised"),
     ("compute.variants-equal-reference", "transposed-if-square"),
@@ -126,6 +128,14 @@ def test_a_pair_of_conventions_is_named(slug: str, first: str, second: str, spec
     assert any(set(names.split(" + ")) == {first, second} for names in violation.facts["implements"])
 
 
+def test_the_spec_is_quoted_where_a_convention_shows() -> None:
+    """Of a pair, each convention is set against the spec that it is needed for, not against the twin's."""
+    pair = replace(both("expert-bias-dropped", "clamp-constant"), spec="gpt-oss-20b")
+    message = str(broken("routing.combines-the-experts", pair))
+    assert message.startswith("twin, ")
+    assert message.endswith("where the spec says bias = true and the spec says clamp = 5.0")
+
+
 @pytest.mark.parametrize(
     ("slug", "name"),
     [
@@ -156,7 +166,7 @@ def test_nothing_is_named_on_the_reference(slug: str) -> None:
 
 def test_mutants_that_are_conventions_exist() -> None:
     """Every convention of whole models is a mutant, named once."""
-    names = [name for name, *_ in MUTANTS]
+    names = [row.name for row in MUTANTS]
     assert len(set(names)) == len(names)
     assert not set(names) - set(CATALOGUE)
 
@@ -188,10 +198,7 @@ def test_variants_that_agree_alike_are_all_named() -> None:
     """Variants that the input does not tell apart are all named, and the message says so."""
     found = search([plus("one", 1), plus("other", 1.01)], [0.0], near(1))
     assert names(found) == ["one", "other"]
-    (subject,) = subjects.resolve(["reference"], ["mixtral-8x7b"])
-    assert subject.architecture is not None
-    sentence = Finding(found, subject.architecture).sentence  # type: ignore[arg-type]
-    assert "does not tell apart: one is added; or other is added" in sentence
+    assert "does not tell apart: one is added; or other is added" in Finding(found).sentence
 
 
 def test_what_does_not_differ_from_the_spec_is_not_named() -> None:

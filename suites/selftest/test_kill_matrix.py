@@ -15,6 +15,7 @@ import pytest
 from harness.conformance.catalogue import properties
 from harness.mutants import CATALOGUE
 from harness.mutants.defects import register
+from harness.results.false_alarms import SPECS
 from harness.results.kills.stages import STAGED
 from harness.results.runfile import read
 from suites.selftest.stubs import ROOT, moe_harness
@@ -52,11 +53,9 @@ def measured(part: str, folder: Path) -> dict[str, Any]:
 
 
 def as_claimed(matrix: dict[str, Any]) -> None:
-    """Each property fails each mutant that it claims; of an engine's, one names the stage that is wrong."""
+    """Each property fails each mutant that it claims, and one of them names the stage that is wrong."""
     assert matrix["broken"] == []
-    left = {one["mutant"]: one for one in matrix["mutants"] if one["status"] != "killed"}
-    assert [name for name, one in left.items() if one["side"] == "engine"] == []
-    assert {one["status"] for one in left.values()} <= {"stage not named"}
+    assert [one["mutant"] for one in matrix["mutants"] if one["status"] != "killed"] == []
     killed = {(cell["property"], cell["mutant"]) for cell in matrix["cells"] if cell["outcome"] == "killed"}
     names = {one["mutant"] for one in matrix["mutants"]}
     assert {(slug, name) for slug, kills in CLAIMS.items() for name in kills if name in names} <= killed
@@ -82,18 +81,7 @@ def test_every_claimed_kill_is_real(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_reference_never_fails(tmp_path: Path) -> None:
     """Twenty runs with twenty seeds on all kinds of architecture: not one property fails the reference."""
-    specs = (
-        "mixtral-8x7b",
-        "deepseek-v3",
-        "gpt-oss-20b",
-        "olmoe-1b-7b",
-        "dbrx",
-        "qwen3-30b-a3b",
-        "llama-3.1-8b",
-        "gpt3-175b",
-        "palm-540b",
-    )
-    on = [word for spec in specs for word in ("--spec", spec)]
+    on = [word for spec in SPECS for word in ("--spec", spec)]
     for seed in range(1, 21):
         file = tmp_path / f"{seed}.jsonl"
         options = ("--impl", "reference", *on, "--seed", str(seed), "--run-file", str(file))

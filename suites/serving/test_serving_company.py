@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from harness.conformance import Case, conformance, require
+from harness.conformance.passes import independent
 from harness.conformance.serving import (
     GREEDY,
     ROUNDING,
@@ -20,7 +21,6 @@ from harness.conformance.serving import (
     engine,
     exact,
     greedy,
-    independent,
     offered,
     prompts,
     run,
@@ -78,24 +78,32 @@ def test_company_changes_nothing(case: Case) -> None:
         "seeds-are-forgotten",
         "seeds-depend-on-the-order",
         "generators-advance-on-a-copy",
+        "seeds-depend-on-the-salt",
+        "seeds-depend-on-log-probabilities",
     ),
     applies=independent,
     costly=True,
 )
 def test_seeded_company_changes_nothing(case: Case) -> None:
-    """A request with a seed gives the same alone, in company, and when it is asked again."""
+    """A request with a seed gives the same alone, in company, under a salt, and without log probabilities."""
     model = engine(case)
     requests = seeded(case, model, greedy(case, model))
     wanted, agreement = alone(model, requests), Agreement(exact(model))
     # Without seeds beside them, which draw from the engine's own generator, and without chance
     others = [replace(request, sampling=replace(request.sampling, seed=None)) for request in requests[:2]]
     others.append(replace(requests[2], sampling=GREEDY))
-    for what, order, every in (
-        ("with a seed, in company", (5, 0, 1, 6, 2, 3, 4, 7), 0.0),
-        ("with a seed, in company that comes and goes", (4, 5, 1, 7, 0, 6, 2, 3), 2.0),
+    # What has no part in a law: a salt, and whether log probabilities are asked for
+    other = [
+        replace(r, salt="tenant") if i % 2 else replace(r, logprobs=False) for i, r in enumerate(requests)
+    ]
+    other = [offered(model, request) for request in other]
+    bare = [one if i % 2 else replace(one, logprobs=None) for i, one in enumerate(wanted)]
+    for what, order, every, asked, answers in (
+        ("with a seed, in company", (5, 0, 1, 6, 2, 3, 4, 7), 0.0, other, bare),
+        ("with a seed, in company that comes and goes", (4, 5, 1, 7, 0, 6, 2, 3), 2.0, requests, wanted),
     ):
-        found = serve(model, arrivals(model, [*requests, *others], order=order, every=every)).completions
-        same_all(agreement, found[:5], wanted, requests, what=what, stage="seed")
+        found = serve(model, arrivals(model, [*asked, *others], order=order, every=every)).completions
+        same_all(agreement, found[:5], answers, requests, what=what, stage="seed")
     agreement.noted(case)
 
 

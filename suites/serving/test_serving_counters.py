@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from harness.conformance import Case, Void, conformance, require
-from harness.conformance.serving import arrivals, counted, engine, greedy, independent, run, serve, timeline
+from harness.conformance.passes import independent
+from harness.conformance.serving import arrivals, counted, engine, greedy, run, serve, timeline
 from harness.reference.engine import Limits
 
 

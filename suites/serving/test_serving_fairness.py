@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from harness.conformance import Case, Void, conformance, require
+from harness.conformance.passes import independent
 from harness.conformance.serving import (
     GREEDY,
     arrivals,
@@ -15,7 +16,6 @@ from harness.conformance.serving import (
     counted,
     engine,
     greedy,
-    independent,
     narrow,
     offered,
     prompts,

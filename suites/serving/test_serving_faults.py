@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from harness.conformance import Case, conformance, require
+from harness.conformance.passes import independent
 from harness.conformance.property import Violation
 from harness.conformance.serving import (
     GREEDY,
@@ -17,11 +19,11 @@ from harness.conformance.serving import (
     exact,
     greedy,
     honours,
-    independent,
     offered,
     prompts,
     run,
     same_all,
+    seeded_too,
     serve,
     sized,
     speculations,
@@ -60,6 +62,12 @@ def faults(case: Case, model: Any) -> dict[str, Request]:
     return made
 
 
+def some_seeded(case: Case, model: Any, requests: Sequence[Request]) -> list[Request]:
+    """The requests, every other one with a seed; none where the engine is a server, which may round."""
+    drawn = seeded_too(case, model, requests) if "limits" in model.capabilities else requests
+    return [(drawn or requests)[i] if i % 2 == 0 else request for i, request in enumerate(requests)]
+
+
 def failed(model: Any, answer: Completion, what: str) -> None:
     """Raise Violation unless the request ended with an error of its own that says something."""
     if what == EMPTY and "limits" not in model.capabilities:
@@ -84,6 +92,7 @@ def failed(model: Any, answer: Completion, what: str) -> None:
         "a-fault-ends-the-whole-batch",
         "a-fault-skips-the-rest-of-the-pass",
         "an-error-closes-the-engine",
+        "a-fault-moves-seeds-on",
     ),
     applies=independent,
     costly=True,
@@ -91,7 +100,8 @@ def failed(model: Any, answer: Completion, what: str) -> None:
 def test_bad_requests_harm_nobody(case: Case) -> None:
     """Requests that cannot be served end with an error each, and others are answered as if alone."""
     model = engine(case)
-    requests, bad = greedy(case, model, (5, 9, 4), (7, 5, 8)), faults(case, model)
+    requests = some_seeded(case, model, greedy(case, model, (5, 9, 4), (7, 5, 8)))
+    bad = faults(case, model)
     wanted, agreement = alone(model, requests, sized(model, LIMITS)), Agreement(exact(model))
     session = model.start(sized(model, LIMITS), speculation=None)
     for what, fault in bad.items():
@@ -115,6 +125,7 @@ def test_bad_requests_harm_nobody(case: Case) -> None:
         "who-leaves-takes-a-neighbour-along",
         "who-left-is-known-by-number",
         "who-leaves-the-queue-ends-the-queue",
+        "who-leaves-moves-seeds-on",
     ),
     applies=independent,
     costly=True,
@@ -122,7 +133,7 @@ def test_bad_requests_harm_nobody(case: Case) -> None:
 def test_clients_that_leave_harm_nobody(case: Case) -> None:
     """Clients that leave before, at or after the start of an answer get its beginning; others all of it."""
     model = engine(case)
-    requests = greedy(case, model, (5, 17, 9, 4, 6), (8, 9, 5, 8, 7))
+    requests = some_seeded(case, model, greedy(case, model, (5, 17, 9, 4, 6), (8, 9, 5, 8, 7)))
     wanted, agreement = alone(model, requests, sized(model, LIMITS)), Agreement(exact(model))
     session = model.start(sized(model, LIMITS), speculation=None)
     for after in ((None, 0, None, 3, 1), (2, None, 4, 0, None), (0, 1, 2, 3, None)):

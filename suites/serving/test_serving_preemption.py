@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from harness.conformance import Case, Void, conformance, require
+from harness.conformance.passes import independent
 from harness.conformance.serving import (
     GREEDY,
     Agreement,
@@ -15,7 +16,6 @@ from harness.conformance.serving import (
     engine,
     exact,
     greedy,
-    independent,
     narrow,
     offered,
     prompts,

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Sequence
 
 from harness.conformance import Case, Void, conformance, require
+from harness.conformance.passes import independent
 from harness.conformance.prefixes import APART, PAGE, SHARING, hits, one_by_one
 from harness.conformance.serving import (
     GREEDY,
@@ -19,7 +20,6 @@ from harness.conformance.serving import (
     engine,
     exact,
     greedy,
-    independent,
     narrow,
     offered,
     prompts,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from harness.conformance import Case, conformance, require
+from harness.conformance.passes import independent
 from harness.conformance.prefixes import APART, PAGE, SHARING, hits, one_by_one
 from harness.conformance.serving import (
     GREEDY,
@@ -17,7 +18,6 @@ from harness.conformance.serving import (
     ask_for,
     engine,
     exact,
-    independent,
     offered,
     prompts,
     run,

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from harness.conformance import Case, conformance, require
+from harness.conformance.passes import independent
 from harness.conformance.property import Void
 from harness.conformance.serving import (
     GREEDY,
@@ -17,7 +18,6 @@ from harness.conformance.serving import (
     engine,
     exact,
     honours,
-    independent,
     offered,
     prompts,
     run,

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from harness.conformance import Case, Void, conformance, require
+from harness.conformance.passes import independent
 from harness.conformance.serving import (
     Agreement,
     alone,
@@ -18,7 +19,6 @@ from harness.conformance.serving import (
     exact,
     greedy,
     honours,
-    independent,
     narrow,
     run,
     same_all,

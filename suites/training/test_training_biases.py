@@ -58,22 +58,29 @@ def train_on(model: Any, batch: Ragged, *, again: bool = False) -> None:
             model.gradients(loss)
 
 
+def below(load: Tensor) -> Tensor:
+    """1 where a load [E] is below its mean, -1 where it is above, 0 where it is the mean."""
+    return (load.double().mean() - load.double()).sign()
+
+
 def check_step(
-    before: Mapping[int, Tensor],
-    after: Mapping[int, Tensor],
-    load: Mapping[int, Tensor],
-    rate: float,
-    *,
-    stage: str = "balance",
+    before: Mapping[int, Tensor], after: Mapping[int, Tensor], load: Mapping[int, Tensor], *, stage: str
 ) -> None:
-    """Raise Violation unless every layer's bias moved by rate towards the experts with less than the mean."""
+    """Raise Violation unless every layer's bias moved by RATE towards the experts with less than the mean."""
     for layer, old in before.items():
-        counted = load[layer].double()
-        expected = rate * (counted.mean() - counted).sign()
         # One rounding of the bias and one of the rate, in float32.
-        allowed = 2 * torch.finfo(torch.float32).eps * (old.abs() + rate)
+        allowed = 2 * torch.finfo(torch.float32).eps * (old.abs() + RATE)
         what = f"the step of the correction bias of layer {layer}"
-        agree(after[layer] - old, expected, allowed, what=what, stage=stage)
+        agree(after[layer] - old, RATE * below(load[layer]), allowed, what=what, stage=stage)
+
+
+def check_update(model: Any, architecture: Architecture, *batches: Ragged) -> None:
+    """Raise Violation unless an update after passes over these batches follows their load, and that alone."""
+    before, load = biases(model, architecture), loads(model, architecture, batches)
+    for batch in batches:
+        train_on(model, batch)
+    model.update_biases(RATE)
+    check_step(before, biases(model, architecture), load, stage="balance")
 
 
 def mixed(case: Case) -> Iterator[Architecture]:
@@ -115,13 +122,8 @@ def test_every_bias_takes_one_step(case: Case) -> None:
         # As many as a byte cannot hold.
         many = constant(case, 128, sequences=2)
         for batches in ((first, second), (many,), (second,)):
-            before = biases(model, architecture)
-            load = loads(model, architecture, batches)
             loads(model, architecture, (idle,))
-            for batch in batches:
-                train_on(model, batch)
-            model.update_biases(RATE)
-            check_step(before, biases(model, architecture), load, RATE)
+            check_update(model, architecture, *batches)
 
 
 @conformance(
@@ -143,10 +145,7 @@ def test_a_load_is_used_once(case: Case) -> None:
     for layer, bias in biases(model, architecture).items():
         moved = float((bias - before[layer]).abs().amax())
         require(moved == 0, f"a bias of layer {layer} moves by {moved:.2g} without a pass", stage="balance")
-    load = loads(model, architecture, (second,))
-    train_on(model, second)
-    model.update_biases(RATE)
-    check_step(before, biases(model, architecture), load, RATE)
+    check_update(model, architecture, second)
 
 
 @conformance(
@@ -166,12 +165,7 @@ def test_small_steps_survive_in_bfloat16(case: Case) -> None:
         for name, value in case.weights().items()
     }
     model = case.model(architecture, weights, dtype=torch.bfloat16)
-    batch = ragged(case)
-    before = biases(model, architecture)
-    load = loads(model, architecture, (batch,))
-    train_on(model, batch)
-    model.update_biases(RATE)
-    check_step(before, biases(model, architecture), load, RATE)
+    check_update(model, architecture, ragged(case))
 
 
 @conformance(
@@ -221,12 +215,9 @@ def test_recomputation_counts_once(case: Case) -> None:
     for _ in range(10):
         once, twice = (constant(case, length) for length in lengths)
         plain, repeated = (loads(model, architecture, (batch,)) for batch in (once, twice))
+        load = {layer: counted + repeated[layer] for layer, counted in plain.items()}
         # Only a step that a second count would turn tells: a load counted twice throughout has the same mean.
-        turned = {
-            layer: (_above(load) != _above(load + repeated[layer])).any()
-            for layer, load in ((i, plain[i] + repeated[i]) for i in plain)
-        }
-        if all(turned.values()):
+        if all((below(counted) != below(counted + repeated[i])).any() for i, counted in load.items()):
             break
     else:
         raise Void("ten batches in a row have a load that a second count does not turn")
@@ -234,15 +225,10 @@ def test_recomputation_counts_once(case: Case) -> None:
     train_on(model, once)
     train_on(model, twice, again=True)
     model.update_biases(RATE)
-    load = {layer: plain[layer] + repeated[layer] for layer in plain}
-    check_step(before, biases(model, architecture), load, RATE, stage="recompute")
+    check_step(before, biases(model, architecture), load, stage="recompute")
 
 
 def constant(case: Case, length: int, *, sequences: int = 1) -> Ragged:
     """Sequences of one token, over and over."""
     tokens = case.tokens(1, 1).repeat(sequences, length)
     return Ragged(tokens, torch.ones_like(tokens, dtype=torch.bool))
-
-
-def _above(load: Tensor) -> Tensor:
-    return (load.double().mean() - load.double()).sign()

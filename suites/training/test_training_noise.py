@@ -16,7 +16,8 @@ from harness.conformance import Case, Void, balance, conformance, require, stage
 from harness.conformance.capture import FLOAT32, traces
 from harness.conformance.case import replaced
 from harness.conformance.comparison import agree, ragged
-from harness.conformance.training import FACTOR, HALF_THE_DIGITS, alike, has_experts
+from harness.conformance.narrowing import HALF_THE_DIGITS
+from harness.conformance.training import FACTOR, alike, has_free_experts
 from harness.implementations.protocols import Routing, Unsupported
 from harness.spec.architecture import Architecture
 
@@ -72,7 +73,7 @@ def drawn_noise(model: Any, tokens: Tensor, weights: dict[str, Tensor]) -> list[
         "noise-added-in-place",
         "noise-in-the-first-layer-only",
     ),
-    applies=has_experts,
+    applies=has_free_experts,
 )
 def test_noise_is_drawn_as_specified(case: Case) -> None:
     """In training each element of a router's input is multiplied by a number drawn uniformly and anew."""
@@ -123,7 +124,7 @@ def check_uniform(case: Case, noise: Tensor, rounding: float) -> None:
     clause="architecture.moe.router.jitter",
     needs=NEEDS,
     kills=("noise-reaches-the-experts",),
-    applies=has_experts,
+    applies=has_free_experts,
 )
 def test_noise_reaches_routers_alone(case: Case) -> None:
     """In training experts compute what they do in eval mode: no noise is in what they read or give."""
@@ -151,7 +152,7 @@ def test_noise_reaches_routers_alone(case: Case) -> None:
     clause="architecture.auxiliary_loss",
     needs=(*NEEDS, "auxiliary_loss"),
     kills=("z-loss-on-noised-logits",),
-    applies=has_experts,
+    applies=has_free_experts,
 )
 def test_losses_see_what_routers_see(case: Case) -> None:
     """In training the losses are those of the logits that are shown, with their noise and with no other."""

@@ -15,19 +15,29 @@ from torch import Tensor
 from harness.conformance import Case, conformance, require
 from harness.conformance.comparison import agree, finite, longest_product, note_share
 from harness.conformance.gradients import radii
+from harness.conformance.passes import forward, independent
 from harness.conformance.property import Void
 from harness.conformance.vision import (
     Illustrated,
     Looker,
-    alone,
     any_images,
     expected_gradients,
+    felt,
     last_images,
     looker,
     margin,
     padded,
 )
 from harness.implementations.protocols import Unsupported
+
+
+def gates_times(by: float) -> Callable[[dict[str, Tensor]], None]:
+    """A change of weights: all gates are multiplied."""
+
+    def change(weights: dict[str, Tensor]) -> None:
+        weights |= {name: by * gate for name, gate in weights.items() if name.endswith("_gate")}
+
+    return change
 
 
 def check(case: Case, looks: Looker, batch: Illustrated, what: str) -> None:
@@ -72,7 +82,7 @@ def check(case: Case, looks: Looker, batch: Illustrated, what: str) -> None:
         "padding-images-attended",
         "cross-keys-of-the-first-sequence",
     ),
-    applies=alone,
+    applies=independent,
     costly=True,
 )
 def test_logits(case: Case) -> None:
@@ -91,20 +101,15 @@ def test_logits(case: Case) -> None:
     clause="vision.gates",
     needs=("cross_attention", "forward", "weights"),
     kills=("gate-sigmoid", "gate-on-attention-only", "gate-on-feed-forward-only"),
-    applies=alone,
+    applies=independent,
 )
 def test_gates_at_zero(case: Case) -> None:
     """With all gates at 0, as training starts, the logits are those of the text model alone."""
-
-    def shut(weights: dict[str, Tensor]) -> None:
-        weights |= {name: torch.zeros(()).double() for name in weights if name.endswith("_gate")}
-
-    looks = looker(case, shut)
+    looks = looker(case, gates_times(0))
     batch = any_images(case, looks.sight)
     bound = margin(case, looks, batch)
     note_share(case, bound.comparable)
-    with torch.no_grad():
-        text = looks.model.forward(batch.tokens)
+    text = forward(looks.model, batch.tokens)
     what = "logits with all gates at 0"
     agree(looks.see(batch), text, 2 * bound.radius, what=what, where=bound.comparable, stage="vision")
 
@@ -114,7 +119,7 @@ def test_gates_at_zero(case: Case) -> None:
     clause="vision.visible",
     needs=("cross_attention", "forward", "weights"),
     kills=("blind-rows-are-uniform", "blind-feed-forward-runs", "image-seen-too-early"),
-    applies=alone,
+    applies=independent,
     costly=True,
 )
 def test_blind_tokens_are_text(case: Case) -> None:
@@ -124,11 +129,10 @@ def test_blind_tokens_are_text(case: Case) -> None:
         bound = margin(case, looks, batch)
         where = bound.comparable & ~batch.open
         note_share(case, where[~batch.open])
-        with torch.no_grad():
-            text = looks.model.forward(batch.tokens)
+        text = forward(looks.model, batch.tokens)
         logits = looks.see(batch)
-        finite(logits, "logits of tokens that see no image", stage="vision", where=~batch.open)
         what = "logits of tokens that see no image"
+        finite(logits, what, stage="vision", where=~batch.open)
         agree(logits, text, 2 * bound.radius, what=what, where=where, stage="vision")
 
 
@@ -137,7 +141,7 @@ def test_blind_tokens_are_text(case: Case) -> None:
     clause="vision.resampler",
     needs=("cross_attention",),
     kills=("embeddings-bypass-the-resampler", "single-images-without-time"),
-    applies=alone,
+    applies=independent,
     costly=True,
 )
 def test_an_image_is_a_video_of_one_frame(case: Case) -> None:
@@ -148,15 +152,9 @@ def test_an_image_is_a_video_of_one_frame(case: Case) -> None:
     image = replace(batch, features=batch.features[:, :, 0])
     bound = margin(case, looks, video)
     note_share(case, bound.comparable)
+    single, whole = looks.see(image), looks.see(video)
     what = "logits with single images"
-    agree(
-        looks.see(image),
-        looks.see(video),
-        2 * bound.radius,
-        what=what,
-        where=bound.comparable,
-        stage="vision",
-    )
+    agree(single, whole, 2 * bound.radius, what=what, where=bound.comparable, stage="vision")
 
 
 @conformance(
@@ -164,7 +162,7 @@ def test_an_image_is_a_video_of_one_frame(case: Case) -> None:
     clause="vision.resampler",
     needs=("cross_attention",),
     kills=("video-without-time", "only-the-first-frame", "last-frames-share-a-time"),
-    applies=alone,
+    applies=independent,
     costly=True,
 )
 def test_frames_have_an_order(case: Case) -> None:
@@ -183,10 +181,9 @@ def test_frames_have_an_order(case: Case) -> None:
     for frame in range(frames - 1):
         order = list(range(frames))
         order[frame : frame + 2] = frame + 1, frame
-        moved = (looks.see(replace(batch, features=batch.features[:, :, order])) - before).abs().amax(-1)
-        felt = (moved.double() > 2 * bound.radius) & where
+        after = looks.see(replace(batch, features=batch.features[:, :, order]))
         what = f"frames {frame} and {frame + 1} change places, and no logit does"
-        require(bool(felt.any()), what, stage="vision")
+        require(bool((felt(after, before, bound) & where).any()), what, stage="vision")
 
 
 @conformance(
@@ -194,17 +191,17 @@ def test_frames_have_an_order(case: Case) -> None:
     clause="vision.resampler",
     needs=("cross_attention", "weights"),
     kills=("only-the-first-latents",),
-    applies=alone,
+    applies=independent,
     costly=True,
 )
 def test_latents_are_a_set(case: Case) -> None:
     """The order of the resampler's latents does not matter: text looks at all of them."""
     name = "vision.resampler.latents"
-    batch_of = looker(case)
-    batch = any_images(case, batch_of.sight)
-    bound = margin(case, batch_of, batch)
+    looks = looker(case)
+    batch = any_images(case, looks.sight)
+    bound = margin(case, looks, batch)
     note_share(case, bound.comparable)
-    before = batch_of.see(batch)
+    before = looks.see(batch)
 
     def turned(weights: dict[str, Tensor]) -> None:
         weights[name] = weights[name].roll(1, 0)
@@ -225,14 +222,14 @@ def toward(case: Case, batch: Illustrated) -> Callable[[Tensor], Tensor]:
     clause="vision.visible",
     needs=("cross_attention",),
     kills=("images-detached", "padding-images-attended", "earlier-images-leak"),
-    applies=alone,
+    applies=independent,
 )
 def test_gradients_pass_through_visible_images(case: Case) -> None:
     """Logits depend on the features of every image that a token sees, and of no other."""
     looks = looker(case)
     for batch in (last_images(case, looks.sight), any_images(case, looks.sight)):
         asked = replace(batch, features=batch.features.clone().requires_grad_())
-        logits = looks.model.see(asked.tokens, asked.features, asked.visible, mask=asked.mask)
+        logits = looks.forward(asked)
         require(logits.requires_grad, "no gradient comes from the logits", stage="gradient")
         value = toward(case, asked)(logits)
         (found,) = torch.autograd.grad(value, asked.features, allow_unused=True)
@@ -254,17 +251,13 @@ def test_gradients_pass_through_visible_images(case: Case) -> None:
     clause="vision",
     needs=("cross_attention", "gradients", "weights"),
     kills=("images-detached", "gates-detached", "gate-tan"),
-    applies=alone,
+    applies=independent,
     costly=True,
 )
 def test_gradients(case: Case) -> None:
     """Gradients of gates, blocks and resampler are the reference's, with gates open and with gates at 0."""
-    for opened in (1.0, 0.0):
-
-        def scaled(weights: dict[str, Tensor], by: float = opened) -> None:
-            weights |= {name: by * weights[name] for name in weights if name.endswith("_gate")}
-
-        looks = looker(case, scaled)
+    for opened in (1, 0):
+        looks = looker(case, gates_times(opened))
         assert looks.exact is not None
         for _ in range(10):
             batch = last_images(case, looks.sight)
@@ -274,10 +267,9 @@ def test_gradients(case: Case) -> None:
             raise Void("ten batches in a row have a token whose experts rounding may change")
         loss = toward(case, batch)
         wanted = expected_gradients(case, looks.exact, batch, loss)
-        logits = looks.model.see(batch.tokens, batch.features, batch.visible, mask=batch.mask)
-        found = looks.model.gradients(loss(logits))
+        found = looks.model.gradients(loss(looks.forward(batch)))
         missing = sorted(wanted.keys() - found.keys())
         require(not missing, f"there is no gradient of {', '.join(missing[:3])}", stage="gradient")
         for name, radius in radii(wanted, longest_product(looks.exact.text.architecture)).items():
-            what = f"gradient of {name} with gates times {opened:g}"
+            what = f"gradient of {name} with gates times {opened}"
             agree(found[name], wanted[name].centre, radius, what=what, stage="gradient")

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from harness.conformance import Case, conformance, require
 from harness.conformance.comparison import agree, finite, note_share
+from harness.conformance.passes import independent
 from harness.conformance.vision import (
     IMAGES,
     Illustrated,
     Looker,
-    alone,
     any_images,
     features,
+    felt,
     last_images,
     looker,
     margin,
@@ -33,7 +34,7 @@ from harness.conformance.vision import (
     clause="vision.visible",
     needs=("cross_attention",),
     kills=("blind-rows-are-uniform", "image-seen-too-early"),
-    applies=alone,
+    applies=independent,
     costly=True,
 )
 def test_text_before_images(case: Case) -> None:
@@ -48,7 +49,7 @@ def test_text_before_images(case: Case) -> None:
         finite(before, what, stage="vision", where=~batch.open)
         where = bound.comparable & ~batch.open
         agree(after, before, 2 * bound.radius, what=what, where=where, stage="vision")
-        moved = ((after - before).abs().amax(-1).double() > 2 * bound.radius) & batch.open
+        moved = felt(after, before, bound) & batch.open
         seen = bool((batch.open & bound.comparable).any())
         require(not seen or bool(moved.any()), "no logit depends on any image", stage="vision")
 
@@ -67,7 +68,7 @@ def test_text_before_images(case: Case) -> None:
         "blind-rows-are-uniform",
         "visibility-of-the-first-sequence",
     ),
-    applies=alone,
+    applies=independent,
     costly=True,
 )
 def test_sees_the_visible_images_only(case: Case) -> None:
@@ -97,12 +98,8 @@ def test_sees_the_visible_images_only(case: Case) -> None:
             where = bound.comparable & ~reached
             agree(after, before, 2 * bound.radius, what=what, where=where, stage="vision")
             first = visible[:, :, image] & (visible[:, :, image].cumsum(1) == 1) & bound.comparable
-            felt = (after - before).abs().amax(-1).double() > 2 * bound.radius
-            require(
-                bool((felt | ~first).all()),
-                f"a token that sees image {image} does not feel it",
-                stage="vision",
-            )
+            what = f"a token that sees image {image} does not feel it"
+            require(bool((felt(after, before, bound) | ~first).all()), what, stage="vision")
 
 
 @conformance(
@@ -110,7 +107,7 @@ def test_sees_the_visible_images_only(case: Case) -> None:
     clause="vision.visible",
     needs=("cross_attention",),
     kills=("image-order-reversed", "next-image-for-last", "earlier-images-leak"),
-    applies=alone,
+    applies=independent,
     costly=True,
 )
 def test_images_in_any_order(case: Case) -> None:
@@ -131,7 +128,7 @@ def test_images_in_any_order(case: Case) -> None:
     clause="vision.visible",
     needs=("cross_attention",),
     kills=("cross-keys-of-the-first-sequence", "visibility-of-the-first-sequence", "padding-images-attended"),
-    applies=alone,
+    applies=independent,
     costly=True,
 )
 def test_company(case: Case) -> None:
@@ -191,7 +188,7 @@ def splits(length: int) -> list[tuple[int, ...]]:
     clause="vision.cache",
     needs=("cross_attention", "cache"),
     kills=("decode-visibility-one-late", "later-chunks-are-blind", "steps-see-the-first-image"),
-    applies=alone,
+    applies=independent,
     costly=True,
 )
 def test_any_split(case: Case) -> None:
@@ -212,7 +209,7 @@ def test_any_split(case: Case) -> None:
     clause="vision.cache",
     needs=("cross_attention", "cache"),
     kills=("cross-keys-of-another-call",),
-    applies=alone,
+    applies=independent,
     costly=True,
 )
 def test_a_new_call(case: Case) -> None:

@@ -91,11 +91,9 @@ def _expert(given: Combining, expert: int, rows: Tensor) -> Judged:
     if not given.outside:
         return stages.feed_forward(ff, matrices, rows, FLOAT32)
     # act(gate * up): the product is what the up part of a network without a gate would give.
-    parts = {
-        name: stages.linear(matrices[name], matrices.get(f"{name}_bias"), rows, FLOAT32)
-        for name in ("gate", "up")
-    }
-    gate, up = parts["gate"], parts["up"]
+    gate, up = (
+        stages.linear(matrices[name], matrices.get(f"{name}_bias"), rows, FLOAT32) for name in ("gate", "up")
+    )
     product = gate.value * up.value
     spread = gate.bound * up.value.abs() + gate.value.abs() * up.bound
     slope = stages.LIPSCHITZ[ff.activation]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from harness.conformance import stages
 from harness.conformance.capture import FLOAT32, Captured
-from harness.conformance.conventions.search import Convention, Finding, Fit, does, says, search
+from harness.conformance.conventions.search import Convention, Finding, Fit, does, finding, says
 from harness.conformance.stages import Judged
 
 CAPACITY, POLICY = says("moe.router.capacity_factor"), says("moe.router.drop_policy")
@@ -63,11 +63,11 @@ def _kept(given: Dropping) -> tuple[Tensor, Tensor]:
                 rank = token.argsort(descending=True)
             case _:
                 rank = token.argsort()
-        places = min(len(token), limit)
-        first = rank[: int(places)]
+        places = int(min(len(token), limit))
+        first = rank[:places]
         kept[token[first], slot[first]] = True
         if given.policy == "probability" and 0 < places < len(token):
-            last, next_ = value[rank[int(places) - 1]], value[rank[int(places)]]
+            last, next_ = value[rank[places - 1]], value[rank[places]]
             if last - next_ <= 2 * spread.amax():
                 clear[token, slot] = False
         if not given.sure[token].all():
@@ -90,7 +90,7 @@ def find_drops(seen: list[tuple[Fraction, Captured]]) -> Finding:
         agrees = bool((want == have)[compared].all())
         return Fit(agrees, bool((kept != spec)[compared].any()))
 
-    return Finding(search(DROP, seen, fit), seen[0][1].variant.architecture)  # type: ignore[arg-type]
+    return finding(DROP, seen, fit, lambda one: one[1].variant.architecture)
 
 
 def _all(given: Dropping) -> Dropping:

@@ -76,10 +76,9 @@ def balance(given: Auxiliary) -> Tensor:
     """E sum_i f_i P_i, by all that is given."""
     n_experts, top_k = given.scores.shape[-1], given.selected.shape[-1]
     over = (2,) if given.per_sequence else (1, 2)
-    chosen = assignments(given.selected.clamp(min=0), torch.zeros_like(given.scores))
-    if (given.selected < 0).any():
-        wide = torch.zeros(*given.scores.shape[:-1], n_experts + 1, dtype=given.scores.dtype)
-        chosen = assignments(given.selected.where(given.selected >= 0, n_experts), wide)[..., :-1]
+    # A dropped slot is a choice of one expert more, which counts for nothing.
+    wide = given.scores.new_zeros(*given.scores.shape[:-1], n_experts + 1)
+    chosen = assignments(given.selected.where(given.selected >= 0, n_experts), wide)[..., :-1]
     load = (chosen * given.in_load[None, ..., None]).sum(over)
     mean = (given.scores * given.in_mean[None, ..., None]).sum(over)
     per_load, per_mean = (

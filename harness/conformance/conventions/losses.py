@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from harness.conformance.comparison import Ragged
 from harness.conformance.conventions.formulas import Auxiliary, balance, routed, under, z
-from harness.conformance.conventions.search import Convention, Finding, Fit, does, says, search
+from harness.conformance.conventions.search import Convention, Finding, Fit, does, finding, says
 from harness.reference import ReferenceModel
 
 
@@ -36,8 +37,7 @@ class Lost:
 
 def find_loss(found: list[Lost]) -> Finding:
     """The finder for the value or the gradients of a loss."""
-    kind = found[0].kind
-    conventions = BALANCE if kind == "balance" else Z
+    conventions = BALANCE if found[0].kind == "balance" else Z
     own: dict[int, tuple[Auxiliary, dict[str, Tensor]]] = {}
 
     def fit(change: Callable[[Auxiliary], Auxiliary], one: Lost) -> Fit:
@@ -55,8 +55,7 @@ def find_loss(found: list[Lost]) -> Finding:
             differs |= bool(((other[name] - spec[name]).abs() > 2 * radius * max(1.0, size)).any())
         return Fit(agrees, differs)
 
-    variants = search(conventions, found, fit)
-    return Finding(variants, found[0].reference.architecture)  # type: ignore[arg-type]
+    return finding(conventions, found, fit, lambda one: one.reference.architecture)
 
 
 def _specified(one: Lost) -> Auxiliary:
@@ -96,7 +95,7 @@ BALANCE: tuple[Convention[Auxiliary], ...] = (
             "formula",
             f"the balance loss of {name}",
             says(LOSS + "balance"),
-            lambda a, name=name: under(a, name),  # type: ignore[misc]
+            partial(under, convention=name),
         )
         for name in ("switch", "huggingface", "sequence")
     ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import Any
 
 import torch
 from pydantic import BaseModel
@@ -16,7 +16,12 @@ from torch import Tensor
 
 from harness.conformance.case import Case
 from harness.conformance.comparison import Margin, longest_product
-from harness.conformance.conventions.search import Convention, Finding, Fit, Says, does, says, search
+from harness.conformance.conventions.combining import COMBINE
+from harness.conformance.conventions.dropping import DROP
+from harness.conformance.conventions.scoring import PROJECT, SCORE
+from harness.conformance.conventions.search import Convention, Finding, Fit, Says, does, finding, says
+from harness.conformance.conventions.selecting import SELECT
+from harness.conformance.conventions.weighing import WEIGH
 from harness.evidence.margins import SAFETY, comparable_tokens, perturbed, unit_roundoff
 from harness.implementations.reference import ReferenceUnderTest
 from harness.mutants import CATALOGUE
@@ -68,9 +73,8 @@ def find_model(case: Case) -> Callable[[list[Pass]], Finding | None]:
             return held[key]
 
         shapes = [one.architecture for one in passes]
-        have = [row for row in _conventions() if any(map(CATALOGUE[row.name].applies, shapes))]
-        found = search(have, passes, fit)
-        return Finding(found, passes[0].architecture)  # type: ignore[arg-type]
+        have = [row for row in MUTANTS if any(map(CATALOGUE[row.name].applies, shapes))]
+        return finding(have, passes, fit, lambda one: one.architecture)
 
     return find
 
@@ -136,9 +140,8 @@ def _settled(case: Case, model: ReferenceModel, one: Pass) -> Tensor:
     return comparable_tokens(flips if one.mask is None else flips & one.mask)
 
 
-Row = tuple[str, str, str, Says]
 ROPE, WINDOW, HEADS = "attention.rope.", "attention.window", "attention.n_kv_heads"
-MUTANTS: tuple[Row, ...] = (
+ROWS: tuple[tuple[str, str, str, Says], ...] = (
     (
         "rope-layout-swapped",
         "layout",
@@ -173,107 +176,12 @@ MUTANTS: tuple[Row, ...] = (
     ("qk-norm-dropped", "norm", "queries and keys are not normalised", says("attention.qk_norm")),
     ("final-norm-dropped", "final", "the last norm is left out", does("has it")),
     ("norm-eps-default", "eps", "the epsilon of the norms is a default", says("norm.eps")),
-    ("router-bias-unused", "bias", "the router's bias is not added", says("moe.router.bias")),
-    ("double-softmax", "score", "the score function is applied twice", does("applies it once")),
-    ("softmax-over-tokens", "score", "the softmax is over the tokens", does("takes it over the experts")),
-    (
-        "softmax-before-topk",
-        "weigh",
-        "combine weights are the selected scores of a softmax over all experts",
-        says("moe.router.order"),
-    ),
-    (
-        "always-normalised",
-        "weigh",
-        "combine weights renormalised over the selected experts (norm_topk_prob = true)",
-        says("moe.router.normalise"),
-    ),
-    (
-        "never-normalised",
-        "weigh",
-        "combine weights not renormalised over the selected experts (norm_topk_prob = false)",
-        says("moe.router.normalise"),
-    ),
-    (
-        "top-1-normalised",
-        "weigh",
-        "combine weights divided by themselves at K = 1",
-        says("moe.router.normalise"),
-    ),
-    (
-        "correction-bias-in-weights",
-        "biased",
-        "the correction bias is in the combine weights",
-        does("adds it for the selection alone"),
-    ),
-    ("scaling-twice", "scaled", "combine weights are scaled twice", says("moe.router.scaling_factor")),
-    (
-        "scaling-only-if-normalised",
-        "scaled",
-        "combine weights are scaled only where they are normalised",
-        says("moe.router.scaling_factor"),
-    ),
-    (
-        "correction-bias-ignored",
-        "corrected",
-        "the correction bias is not in the selection",
-        says("moe.router.correction_bias"),
-    ),
-    ("group-score-max", "best", "a group is worth its best expert", says("moe.router.group_score")),
-    ("groups-ignored", "best", "every group is allowed", says("moe.router.topk_groups")),
-    (
-        "masked-groups-at-zero",
-        "mask",
-        "experts of excluded groups stay in the running with 0",
-        does("leaves them out"),
-    ),
-    ("unweighted-sum", "sum", "experts are added without their weights", does("weighs them")),
-    (
-        "weight-on-the-input",
-        "sum",
-        "combine weights multiply the experts' input",
-        does("weighs their output"),
-    ),
-    ("gate-and-up-swapped", "activation", "gate and up change places", does("activates the gate")),
-    (
-        "activation-outside",
-        "activation",
-        "the activation is applied to the product of gate and up",
-        does("applies it to the gate"),
-    ),
-    ("expert-bias-dropped", "biases", "the experts' biases are not added", says("moe.expert.bias")),
-    ("clamp-constant", "clamp", "the clamp is 7", says("moe.expert.clamp")),
     ("gate-clamped-below", "clamp", "the gate is clamped on both sides", does("clamps it from above")),
-    ("shared-expert-dropped", "shared", "the shared expert is not added", does("adds it")),
-    (
-        "shared-gate-dropped",
-        "shared",
-        "the shared expert is added without its gate",
-        says("moe.shared_gate"),
-    ),
-    (
-        "transposed-if-square",
-        "turned",
-        "square expert matrices are transposed",
-        does("has them as [out, in]"),
-    ),
-    (
-        "swapped-if-half-square",
-        "activation",
-        "gate and up change places where 2 d_ff = d_model",
-        does("activates the gate"),
-    ),
-    (
-        "router-transposed-if-square",
-        "turned",
-        "a square router matrix is transposed",
-        does("has it as [experts, d_model]"),
-    ),
-    ("drops-nothing", "capacity", "no token is ever dropped", says("moe.router.capacity_factor")),
-    ("capacity-rounded-down", "capacity", "capacity is rounded down", does("rounds it up")),
-    ("padding-takes-places", "capacity", "padding fills the experts' capacity", does("counts real tokens")),
 )
-"""Mutants that are conventions, what each decides, and how they are said."""
+"""Mutants that only whole logits show, what each decides, and how they are said."""
+STAGES: tuple[Convention[Any], ...] = (*PROJECT, *SCORE, *SELECT, *WEIGH, *COMBINE, *DROP)
+HIDDEN = {"router-reports-probabilities", "softmax-of-the-selected"}
+"""In logits the first is not seen; the second, of softmax scores, is the same as always-normalised."""
 
 
 def _patch(name: str) -> Callable[[Patches], Patches]:
@@ -287,9 +195,16 @@ def _part(name: str) -> str:
     return "router" if stage in router else "experts" if stage == "combine" else "attention"
 
 
-@lru_cache(maxsize=1)
-def _conventions() -> tuple[Convention[Patches], ...]:
-    return tuple(
-        Convention(name, axis, variant, spec, _patch(name), _part(name))
-        for name, axis, variant, spec in MUTANTS
+MUTANTS: tuple[Convention[Patches], ...] = tuple(
+    Convention(name, axis, variant, spec, _patch(name), _part(name))
+    for name, axis, variant, spec in (
+        *ROWS,
+        # One axis may stand in several stages.
+        *(
+            (row.name, f"{CATALOGUE[row.name].stage} {row.axis}", row.variant, row.spec)
+            for row in STAGES
+            if row.name in CATALOGUE and row.name not in HIDDEN
+        ),
     )
+)
+"""Mutants that are conventions: those of ROWS, and those of a stage."""

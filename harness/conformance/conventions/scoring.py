@@ -8,13 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from harness.conformance import stages
 from harness.conformance.capture import FLOAT32, Captured
 from harness.conformance.conventions.search import Convention, does, says
-from harness.conformance.conventions.stagewise import BFLOAT16, function, rounded, scored, stage_finder
+from harness.conformance.conventions.stagewise import (
+    BFLOAT16,
+    exact,
+    function,
+    rounded,
+    scored,
+    stage_finder,
+)
 from harness.conformance.stages import Judged
 from harness.spec.architecture import Router
 
@@ -33,8 +39,8 @@ class Projecting:
 
 def _project_start(layer: Captured) -> Projecting:
     at, weights = f"layers.{layer.trace.layer}.moe.router", layer.variant.weights
-    bias, correction = weights.get(f"{at}.bias"), weights.get(f"{at}.correction_bias")
-    return Projecting(layer.moe.router, weights[f"{at}.weight"], bias, correction, layer.shown("hidden"))
+    weight, bias = weights[f"{at}.weight"], weights.get(f"{at}.bias")
+    return Projecting(layer.moe.router, weight, bias, layer.correction(), layer.shown("hidden"))
 
 
 def _project(given: Projecting) -> Judged:
@@ -47,6 +53,10 @@ def _project(given: Projecting) -> Judged:
 def _turned(given: Projecting) -> Projecting:
     square = given.weight.shape[0] == given.weight.shape[1]
     return replace(given, weight=given.weight.T) if square else given
+
+
+def _reported_as_scores(given: Projecting) -> Projecting:
+    return replace(given, after=lambda judged: scored(given.router, given.after(judged)))
 
 
 def _narrow_inputs(given: Projecting) -> Projecting:
@@ -74,9 +84,7 @@ PROJECT: tuple[Convention[Projecting], ...] = (
         "bias",
         "the correction bias added to the logits",
         does("adds it to the scores, for the selection alone"),
-        lambda p: (
-            p if p.correction is None else replace(p, bias=(0 if p.bias is None else p.bias) + p.correction)
-        ),
+        _corrected,
     ),
     Convention(
         "router-in-bfloat16",
@@ -97,7 +105,7 @@ PROJECT: tuple[Convention[Projecting], ...] = (
         "shown",
         "what is shown as router logits are scores",
         does("means the linear layer's output"),
-        lambda p: replace(p, after=lambda judged, before=p.after: scored(p.router, before(judged))),  # type: ignore[misc]
+        _reported_as_scores,
     ),
     Convention(
         "router-transposed-if-square",
@@ -121,8 +129,7 @@ class Scoring:
 
 
 def _score_start(layer: Captured) -> Scoring:
-    logits = layer.shown("logits").double()
-    return Scoring(layer.moe.router, Judged(logits, torch.zeros_like(logits)))
+    return Scoring(layer.moe.router, exact(layer.shown("logits")))
 
 
 def _score(given: Scoring) -> Judged:

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import reduce
 from itertools import combinations
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import pytest
 
@@ -58,9 +58,10 @@ class Fit(NamedTuple):
 class Finding:
     """What the search found."""
 
-    variants: tuple[tuple[Convention[object], ...], ...]
+    variants: tuple[tuple[Convention[Any], ...], ...]
     """Each explains all that was seen; more than one where the input does not tell them apart."""
-    architecture: Architecture
+    specified: tuple[str, ...] = ()
+    """In place of each convention of an only variant: the end of a sentence that begins with "the spec"."""
 
     @property
     def names(self) -> list[str]:
@@ -77,9 +78,7 @@ class Finding:
             more = f"; or {len(said) - NAMED} more" if len(said) > NAMED else ""
             listed = "; or ".join(said[:NAMED]) + more
             return f"this implements one of these, which this input does not tell apart: {listed}"
-        spec = " and ".join(
-            dict.fromkeys(f"the spec {part.spec(self.architecture)}" for part in self.variants[0])
-        )
+        spec = " and ".join(dict.fromkeys(f"the spec {what}" for what in self.specified))
         return f"this implements variant: {said[0]}, where {spec}"
 
 
@@ -130,6 +129,24 @@ def search(
     return ()
 
 
+def finding(
+    conventions: Sequence[Convention[P]],
+    seen: Sequence[E],
+    fit: Callable[[Callable[[P], P], E], Fit],
+    built: Callable[[E], Architecture],
+) -> Finding:
+    """What `search` finds, and the spec in its place: of what was `built` where each convention is needed."""
+    variants = search(conventions, seen, fit)
+    if len(variants) != 1:
+        return Finding(variants)
+    specified = []
+    for part in variants[0]:
+        others = _together([other for other in variants[0] if other is not part])
+        needed = next((one for one in seen if not fit(others, one).agrees), seen[0])
+        specified.append(part.spec(built(needed)))
+    return Finding(variants, tuple(specified))
+
+
 def _together(variant: Sequence[Convention[P]]) -> Callable[[P], P]:
     return lambda given: reduce(lambda value, part: part.change(value), variant, given)
 
@@ -164,7 +181,7 @@ class Seen(Generic[E]):
         looked_at = len(self.items)
         with suppress(Violation, Void, Unsupported):  # what cannot be looked at is no evidence
             self.items.extend(self._source)
-        return [*self.items[looked_at - 1 :: -1][:looked_at], *self.items[looked_at:]]
+        return [*reversed(self.items[:looked_at]), *self.items[looked_at:]]
 
 
 Find = Callable[[list[E]], "Finding | None"]

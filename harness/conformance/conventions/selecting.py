@@ -13,7 +13,7 @@ from torch import Tensor
 
 from harness.conformance import stages
 from harness.conformance.capture import FLOAT32, Captured
-from harness.conformance.conventions.search import Convention, Finding, Fit, does, says, search
+from harness.conformance.conventions.search import Convention, Finding, Fit, does, finding, says
 from harness.conformance.conventions.stagewise import exact, rounded, scored
 from harness.conformance.stages import Judged
 from harness.spec.architecture import Moe
@@ -31,17 +31,13 @@ class Selecting:
     after: Callable[[Judged], Judged] = lambda judged: judged
 
 
-def _correction(layer: Captured) -> Tensor | None:
-    return layer.variant.weights.get(f"layers.{layer.trace.layer}.moe.router.correction_bias")
-
-
 def _from_shown(layer: Captured) -> Selecting:
-    return Selecting(layer.moe, layer.scores(), exact(layer.logits().double()), _correction(layer))
+    return Selecting(layer.moe, layer.scores(), exact(layer.logits()), layer.correction())
 
 
 def _from_hidden(layer: Captured) -> Selecting:
     logits = stages.logits(layer.variant.weights, layer.trace.layer, layer.shown("hidden"), FLOAT32)
-    return Selecting(layer.moe, scored(layer.moe.router, logits), logits, _correction(layer))
+    return Selecting(layer.moe, scored(layer.moe.router, logits), logits, layer.correction())
 
 
 def _groups(given: Selecting, **fields: object) -> Selecting:
@@ -83,7 +79,7 @@ def _finder(start: Callable[[Captured], Selecting]) -> Callable[[list[Captured]]
         compared = layer.real & clear
         return Fit(bool(theirs[compared].all()), bool((theirs & ~ours)[compared & sure].any()))
 
-    return lambda layers: Finding(search(SELECT, layers, fit), layers[0].variant.architecture)  # type: ignore[arg-type]
+    return lambda layers: finding(SELECT, layers, fit, lambda layer: layer.variant.architecture)
 
 
 SELECT: tuple[Convention[Selecting], ...] = (

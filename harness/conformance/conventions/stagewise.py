@@ -1,6 +1,6 @@
 """Finders for the stages of a MoE layer, each on the implementation's own input to the stage.
 
-Letters: T tokens, E experts.
+Letters: T tokens, E experts, R rows.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from harness.conformance import stages
 from harness.conformance.capture import FLOAT32, Captured
-from harness.conformance.conventions.search import Convention, Finding, Fit, P, search
+from harness.conformance.conventions.search import Convention, Finding, Fit, P, finding
 from harness.conformance.stages import Judged
 from harness.spec.architecture import Router
 
@@ -37,7 +37,8 @@ def stage_finder(
 
         def fit(change: Callable[[P], P], layer: Captured) -> Fit:
             if id(layer) not in own:
-                own[id(layer)] = start(layer), compute(start(layer))
+                given = start(layer)
+                own[id(layer)] = given, compute(given)
             given, spec = own[id(layer)]
             if rows is not None:
                 some = _worst(shown(layer), spec, layer.real)
@@ -49,8 +50,7 @@ def stage_finder(
             apart = (other.value - spec.value).abs() > other.bound + spec.bound
             return Fit(bool((error <= other.bound[layer.real]).all()), bool(apart[layer.real].any()))
 
-        found = search(conventions, layers, fit)
-        return Finding(found, layers[0].variant.architecture)  # type: ignore[arg-type]
+        return finding(conventions, layers, fit, lambda layer: layer.variant.architecture)
 
     return find
 

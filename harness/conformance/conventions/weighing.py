@@ -33,14 +33,13 @@ class Weighing:
 
 
 def _weigh_start(layer: Captured) -> Weighing:
-    at = f"layers.{layer.trace.layer}.moe.router.correction_bias"
     return Weighing(
         layer.moe.router,
         layer.moe.top_k,
         layer.scores(),
         layer.logits(),
         layer.trace.indices,
-        layer.variant.weights.get(at),
+        layer.correction(),
     )
 
 
