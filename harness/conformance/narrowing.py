@@ -238,8 +238,8 @@ def _steps(one: Pass) -> Iterator[Step]:
         louder = _put(weights, lambda value: 4 * value, f"{name}.weight", f"{name}.bias")
         yield Step("project", louder, tokens, full, still, like=weights)
     unbiased = _put(weights, torch.zeros_like, "q.bias", "k.bias")
-    # All entries of a query are equal, and all of a key: it does not matter which is which. A rotation that
-    # also makes them larger does so at every position.
+    # Entries of a query are alike, and of a key: it does not matter which is which. A rotation that also
+    # makes them larger does so at every position.
     turned = t.mla is None and t.rope is not None and t.rope.scaling is not None
     yield Step("" if turned else "scores", _flat(a, unbiased, queries[0]), tokens, full, still)
     yield Step("", _put(unbiased, alike, "k.weight"), tokens, full, still)
@@ -249,11 +249,14 @@ def _steps(one: Pass) -> Iterator[Step]:
 
 
 def _flat(a: Architecture, weights: Mapping[str, Tensor], queries: str) -> dict[str, Tensor]:
-    """Queries and keys whose entries are all alike, and faint, so that no softmax is one token's alone.
-
-    What has a rotated part and one that is not rotated has only the latter.
+    """Queries and keys whose entries are all alike, and faint, so that no softmax is one token's alone; where
+    they are normalised, those of all heads. Of a part that is rotated and one that is not, only the latter.
     """
     mla = a.attention.mla
+    if a.attention.qk_norm != "none":
+        # A norm magnifies the rounding of one entry near 0, and not that of a head: all heads are alike.
+        width = a.attention.head_dim
+        return _put(weights, lambda value: value[:width].repeat(len(value) // width, 1), queries, "k.weight")
     out = _put(weights, lambda value: (value[:1] / 16).expand_as(value).clone(), queries)
     if mla is None:
         return _put(out, lambda value: value[:1].expand_as(value).clone(), "k.weight")

@@ -257,6 +257,18 @@ def duplicates_are_merged(engine: Any, add: Method) -> Method:
     return changed
 
 
+@engine_mutant(engines, "add", stage="fault")
+def equal_prompts_are_reported_alike(engine: Any, add: Method) -> Method:
+    """Who has the prompt of one that runs without log probabilities gets none."""
+
+    def changed(request: Request, **rest: Any) -> Any:
+        alike = (one.request for one in engine.scheduler.running if one.request.prompt == request.prompt)
+        given = request.logprobs and all(other.logprobs for other in alike)
+        return add(replace(request, logprobs=given), **rest)
+
+    return changed
+
+
 @engine_mutant(schedulers, "leave", stage="fault")
 def who_leaves_the_queue_ends_the_queue(scheduler: Any, leave: Method) -> Method:
     """When a client leaves that still waits, those that wait behind it are forgotten."""
