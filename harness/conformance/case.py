@@ -244,7 +244,7 @@ def global_draws(seed: int) -> Iterator[None]:
     """Whoever draws from torch's global generator in here draws the same for the same seed; the generator is
     put back as it was. It is for what is under test: the harness passes generators of its own."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.set_state(seeded(seed, "global").get_state())
         yield
 
 
