@@ -34,11 +34,12 @@ def false_alarms(
     """
     from harness.implementations.registry import resolve
     from harness.results import false_alarms as alarms
-    from harness.results import report
+    from harness.results import files, report
 
     chosen = tuple(implementations or alarms.IMPLEMENTATIONS)
     for address in chosen:
         resolve(address)
+    files.ensure_writable(output / alarms.FILE)
     trials = []
     with progress("false alarms", total=runs) as bar:
         for one in alarms.search(range(seed, seed + runs), seed, chosen, jobs):

@@ -47,14 +47,17 @@ def mutants(
 
     What the same sources have measured is taken from .runs/mutants: a run that was interrupted goes on.
     """
-    from harness.results.kills import hunting
+    from harness.results import files
+    from harness.results.kills import hunting, page
 
     hunting.enter(also or ())
     plan = hunting.Plan(seed, timeout, tuple(sorted(set(slugs or ()))), full, tuple(also or ()))
     chosen = _chosen(slugs or (), names or (), part)
-    matrix = _measured(chosen, plan, jobs)
     whole = not (slugs or names or also) and len(chosen) == len(_catalogue())
     folder = output or (Path("results") if whole else None)
+    if folder is not None:
+        files.ensure_writable(folder / page.FILE)
+    matrix = _measured(chosen, plan, jobs)
     _publish(matrix, folder)
     raise typer.Exit(matrix.code)
 

@@ -56,9 +56,12 @@ def survey(
     What the same sources have measured is taken from .runs/survey: a survey that was interrupted goes on.
     """
     from harness.results import baseline as baselines
+    from harness.results import files
     from harness.results.survey.running import Plan
 
     folder = output or Path("results")
+    if output is not None or not families:
+        files.ensure_writable(folder / "survey")
     path = baseline or (folder if (folder / BASELINE).exists() else Path("results")) / BASELINE
     known = baselines.load(path) if baseline is not None or path.exists() else {}
     if write_baseline is not None:

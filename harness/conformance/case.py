@@ -132,7 +132,9 @@ class Case:
     ) -> Model:
         """What the implementation builds, as it is: no weights are loaded, and no answer is checked."""
         with self.clock.running():
-            return self.implementation.build(architecture, device=device, dtype=dtype, seed=self.seed)
+            return self.implementation.build(
+                architecture, device=device, dtype=dtype, seed=model_seed(self.seed)
+            )
 
     def reference(
         self,
@@ -237,6 +239,11 @@ def seeded(*parts: object) -> torch.Generator:
     text = "|".join(map(str, parts))
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
     return torch.Generator().manual_seed(seed)
+
+
+def model_seed(seed: int) -> int:
+    """The seed as a model is given it: itself, where it fits into the 63 bits that every generator takes."""
+    return seed % 2**63
 
 
 @contextmanager

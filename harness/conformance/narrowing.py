@@ -97,6 +97,19 @@ def parted(
     return check
 
 
+def same_logits(model: Any, other: Any, call: Call) -> Check:
+    """A check that two models say the same of what is compared of a call; it names no stage."""
+
+    def check(aside: Case) -> None:
+        aside.need(model, "forward")
+        with torch.no_grad():
+            a, b = (m.forward(call.tokens, mask=call.mask).flatten(0, 1) for m in (model, other))
+        if _apart(a, call.rows, b, call.rows):
+            raise Violation("logits differ", stage="")
+
+    return check
+
+
 def _differing(a: Routing, rows: Tensor, b: Routing, others: Tensor, between: str) -> str | None:
     if _apart(a.hidden, rows, b.hidden, others):
         return between

@@ -108,12 +108,15 @@ def need(
     import pytest
     import torch
 
+    from harness.conformance.case import model_seed
     from harness.implementations.protocols import Unsupported
 
     if subject.id not in declared:
         twin = None if subject.architecture is None else specs.twin(subject.architecture)
         try:
-            model = subject.implementation.build(twin, device="cpu", dtype=torch.float32, seed=seed)
+            model = subject.implementation.build(
+                twin, device="cpu", dtype=torch.float32, seed=model_seed(seed)
+            )
             declared[subject.id] = _capabilities(model)
         except (Exception, pytest.fail.Exception) as error:  # noqa: BLE001  # it becomes the outcome
             declared[subject.id] = error

@@ -128,6 +128,9 @@ class Controller:
             terminalreporter.write_line(sentence)
         for sentence in tables.overhead(self._records, self._null):
             terminalreporter.write_line(sentence)
+        each = tables.overhead_by_property(self._null) if terminalreporter.verbosity > 0 else None
+        if each is not None:
+            terminalreporter.write_line(render(each, width=width))
         for cost in self.overheads:
             share = f"{cost['sampling_s']:.3f} s, {cost['share_of_wall']:.2%} of the run"
             terminalreporter.write_line(f"telemetry: {cost['samples']:.0f} samples took {share}")

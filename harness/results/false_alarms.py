@@ -277,6 +277,7 @@ class Found:
             ("properties x runs that passed", self.count("passed")),
             ("that failed", self.count("failed")),
             ("that were void", self.count("void")),
+            ("that an implementation does not offer", self.count("unsupported")),
             ("runs without a result", sum(bool(one.trouble) for one in self.trials)),
             ("share of tokens that were not comparable", f"{self.incomparable:.4f}"),
         )

@@ -86,6 +86,15 @@ def overhead(records: Sequence[Record], null: Null | Literal["off"] | None) -> t
     return tuple(told)
 
 
+def overhead_by_property(null: Null | Literal["off"] | None) -> Table | None:
+    """What the harness itself takes for each property, the most first; None where nothing was measured."""
+    if null is None or null == "off" or not null.measured:
+        return None
+    slowest = sorted(null.measured, key=lambda one: -one.harness_s)
+    rows = tuple((one.slug, one.outcome, f"{one.harness_s:.4f}") for one in slowest)
+    return Table("Harness overhead", ("property", "on null", "processor seconds"), rows)
+
+
 def left_out(records: Sequence[Record]) -> tuple[str, ...]:
     """One sentence for each implementation in its own shape, which most properties do not apply to."""
     own = sorted({r.implementation for r in records if r.spec_digest is None})

@@ -288,6 +288,7 @@ def test_a_run_with_bad_options_does_not_begin(
 
 @pytest.mark.parametrize("seed", ["0", "-3", str(10**30)])
 def test_any_whole_number_is_a_seed(seed: str, pytester: pytest.Pytester) -> None:
-    """Zero, negative and very large seeds draw inputs like any other."""
+    """Zero, negative and very large seeds draw inputs and build models like any other."""
     write(pytester.path)
-    assert pytester.runpytest(*QUICK, "--impl", f"{ODD}good", f"--seed={seed}").ret == 0
+    on = ("--impl", f"{ODD}good", "--impl", "reference", "--spec", "mixtral-8x7b")
+    assert pytester.runpytest(*QUICK, *on, f"--seed={seed}").ret == 0

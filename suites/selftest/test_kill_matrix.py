@@ -11,16 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from harness.conformance import subjects
 from harness.conformance.catalogue import properties
 from harness.mutants import CATALOGUE
 from harness.mutants.defects import register
 from harness.results.false_alarms import SPECS
 from harness.results.kills.stages import STAGED
 from harness.results.runfile import read
+from harness.spec import twin
 from suites.selftest.stubs import ROOT, moe_harness
 
 CLAIMS = {prop.slug: prop.kills for prop, _ in properties()}
+POISONOUS = ("idle-experts-poison",)
 PARTS = 10
 PART = "MOE_HARNESS_PART"
 """The environment variable that names another part than that of the day: K/N."""
@@ -41,6 +45,20 @@ def test_the_register_names_mutants_that_there_are() -> None:
 def test_every_stage_of_the_router_has_its_property() -> None:
     """The properties that judge one stage each are properties of the suites."""
     assert set(STAGED) <= set(CLAIMS)
+
+
+@pytest.mark.parametrize("name", sorted(name for name, one in CATALOGUE.items() if one.side == "model"))
+def test_a_mutant_leaves_the_reference_finite(name: str) -> None:
+    """Wrong models go on talking: logits of each are finite, but where a NaN is what the defect shows as."""
+    (subject,) = subjects.resolve([f"mutant:{name}"], [CATALOGUE[name].spec])
+    assert subject.architecture is not None
+    model: Any = subject.implementation.build(
+        twin(subject.architecture), device="cpu", dtype=torch.float32, seed=1
+    )
+    tokens = torch.arange(18).view(2, 9)
+    with torch.no_grad():
+        logits = model.forward(tokens)
+    assert bool(logits.isfinite().all()) == (name not in POISONOUS)
 
 
 def measured(part: str, folder: Path) -> dict[str, Any]:

@@ -158,6 +158,21 @@ def test_mutants_that_no_process_survives_are_outcomes(tmp_path: Path) -> None:
     assert crashed["odd-crashes"].startswith("crashed: ZeroDivisionError")
 
 
+@pytest.mark.parametrize(
+    "measures", [("mutants", "--mutant", "canary"), ("false-alarms",), ("survey", "transformers")]
+)
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
+    measures: tuple[str, ...], tmp_path: Path
+) -> None:
+    """What would be measured in vain is not measured: one sentence says so, and 78."""
+    (tmp_path / "page").write_text("a file, not a folder")
+    done = moe_harness(*measures, "--output", "page/results", cwd=tmp_path)
+    assert done.returncode == 78
+    assert "page" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / ".runs").exists()
+
+
 def test_an_interrupted_matrix_goes_on(tmp_path: Path) -> None:
     """Ctrl-C ends in 130 with no process left; what had ended is taken up by the next run."""
     (tmp_path / "odd_mutants.py").write_text(ODD)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -40,9 +41,12 @@ def test_a_single_property_may_be_asked_for(tmp_path: Path) -> None:
 def test_null_is_measured_and_is_no_result(tmp_path: Path) -> None:
     """Each distinct property runs once on null, its time is told, and its outcome is none of the run's."""
     code, said, file = checked(
-        tmp_path, "--spec", "mixtral-8x7b", "--spec", "dbrx", "-k", "token_order or distinct or strict"
+        tmp_path, "--spec", "mixtral-8x7b", "--spec", "dbrx", "-k", "token_order or distinct or strict", "-vv"
     )
     assert code == 0
+    assert re.search(
+        r"Harness overhead\n.*\n.*\n(\S+ +(passed|failed|void|crashed|unsupported) +[\d.]+\n){3}", said
+    )
     assert (
         "harness overhead per property, measured on the null implementation (processor time): median" in said
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 from harness.conformance import Case, conformance, require
 from harness.conformance.comparison import agree, finite, longest_product, note_share
 from harness.conformance.gradients import radii
+from harness.conformance.narrowing import Call, narrowed, same_logits
 from harness.conformance.passes import forward, independent
 from harness.conformance.property import Void
 from harness.conformance.vision import (
@@ -29,6 +30,7 @@ from harness.conformance.vision import (
     padded,
 )
 from harness.implementations.protocols import Unsupported
+from harness.implementations.reference import ReferenceUnderTest
 
 
 def gates_times(by: float) -> Callable[[dict[str, Tensor]], None]:
@@ -47,8 +49,12 @@ def check(case: Case, looks: Looker, batch: Illustrated, what: str) -> None:
     where = bound.comparable & batch.mask
     note_share(case, where[batch.mask])
     logits = looks.see(batch)
-    finite(logits, what, stage="vision", where=batch.mask)
-    agree(logits, bound.logits, bound.radius, what=what, where=where, stage="vision")
+    assert looks.exact is not None
+    text = Call(batch.tokens, batch.mask.flatten().nonzero()[:, 0], batch.mask)
+    without = same_logits(looks.model, ReferenceUnderTest(looks.exact.text), text)
+    with narrowed(case, without, otherwise="vision"):
+        finite(logits, what, stage="", where=batch.mask)
+        agree(logits, bound.logits, bound.radius, what=what, where=where, stage="")
 
 
 @conformance(

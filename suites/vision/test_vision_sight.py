@@ -143,6 +143,9 @@ def test_company(case: Case) -> None:
         note_share(case, bound.comparable[batch.mask])
         together = looks.see(batch)
         for row, real in enumerate(batch.mask):
+            mine = bound.pick((row, real))
+            if not mine.comparable.any():
+                continue  # not all of them: note_share has seen to that
             used = batch.visible[row][real].any(0)
             used[0] |= ~used.any()  # at least one image is given
             own = Illustrated(
@@ -151,7 +154,6 @@ def test_company(case: Case) -> None:
                 batch.visible[row][real][:, used][None],
                 real[real][None],
             )
-            mine = bound.pick((row, real))
             what = f"logits of sequence {row} in a batch"
             solo, where = looks.see(own)[0], mine.comparable
             agree(together[row][real], solo, 2 * mine.radius, what=what, where=where, stage="vision")

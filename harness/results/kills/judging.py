@@ -64,9 +64,17 @@ class Hunted:
     @property
     def seconds(self) -> float | None:
         """Of properties run until there was a counterexample, that one's own included."""
-        if self.first is None:
+        return self._until(self.first)
+
+    @property
+    def right_seconds(self) -> float | None:
+        """Likewise, until the first kill for the right reason."""
+        return self._until(next((cell for cell in self.kills if cell.right), None))
+
+    def _until(self, found: Cell | None) -> float | None:
+        if found is None:
             return None
-        return sum(cell.seconds for cell in self.cells[: self.cells.index(self.first) + 1])
+        return sum(cell.seconds for cell in self.cells[: self.cells.index(found) + 1])
 
     @property
     def status(self) -> Status:

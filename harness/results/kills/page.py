@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from statistics import median
 from typing import Any, get_args
 
 from harness.mutants.defects import Defect
@@ -25,6 +26,7 @@ def page(matrix: Matrix) -> Page:
 def figures(matrix: Matrix) -> dict[str, object]:
     """The figures that tell what the matrix is worth, by what they are."""
     times, middle = matrix.times(), matrix.median_seconds()
+    right = [one.right_seconds for one in matrix.hunted if one.right_seconds is not None]
     one_process = [defect for defect in matrix.register.values() if defect.mutants]
     shown = sum(map(matrix.shown, one_process))
     cells = [cell for one in matrix.hunted for cell in one.cells]
@@ -42,9 +44,10 @@ def figures(matrix: Matrix) -> dict[str, object]:
         "cells not measured": len(matrix.hunted) * matrix.candidates - len(cells),
         "shipped defects that mutants show": len(one_process),
         "of these, all mutants killed for the right reason": f"{shown} ({_share(shown, len(one_process))})",
-        "shipped defects that one process cannot show": len(matrix.register) - len(one_process),
+        "shipped defects that no mutant shows": len(matrix.register) - len(one_process),
         "seconds to the first kill, median": None if middle is None else round(middle, 1),
         "seconds to the first kill, worst": round(max(times), 1) if times else None,
+        "seconds to the first kill for the right reason, median": round(median(right), 1) if right else None,
     }
 
 
@@ -52,7 +55,8 @@ def head(matrix: Matrix) -> Table:
     """The figures as a table."""
     return Table(
         "Figures. A kill is a counterexample, never a crash; it is for the right reason where the property "
-        "claims the mutant and names the stage that it breaks. Seconds to the first kill are those of the "
+        "claims the mutant and names the stage that it breaks (of an engine, whose answers alone are seen, also "
+        "the law that they then have). Seconds to the first kill are those of the "
         "properties of the mutant's side, model or engine, run until one fails, most telling first",
         ("figure", "value"),
         tuple((name, "none" if value is None else value) for name, value in figures(matrix).items()),
@@ -117,6 +121,7 @@ def _mutant(matrix: Matrix, one: Hunted) -> dict[str, Any]:
         "killed_by": sorted(cell.property for cell in one.kills),
         "first_killed_by": first.property if first else None,
         "first_kill_seconds": None if one.seconds is None else round(one.seconds, 4),
+        "first_right_kill_seconds": None if one.right_seconds is None else round(one.right_seconds, 4),
     }
 
 
