@@ -55,9 +55,9 @@ def head(matrix: Matrix) -> Table:
     """The figures as a table."""
     return Table(
         "Figures. A kill is a counterexample, never a crash; it is for the right reason where the property "
-        "claims the mutant and names the stage that it breaks (of an engine, whose answers alone are seen, also "
-        "the law that they then have). Seconds to the first kill are those of the "
-        "properties of the mutant's side, model or engine, run until one fails, most telling first",
+        "claims the mutant and names the stage that it breaks (of an engine, whose answers alone are seen, "
+        "also the law that they then have). Seconds to the first kill are those of the properties of the "
+        "mutant's side, model or engine, run until one fails, most telling first",
         ("figure", "value"),
         tuple((name, "none" if value is None else value) for name, value in figures(matrix).items()),
     )
