@@ -22,9 +22,12 @@ from harness.reference.engine import Request, Sampling, Speculation
 
 LENGTH = 4
 """Tokens of a completion: two drafts, the token after them, and the first of the next round."""
-BATCH, BATCHES, OF_THE_ENUMERABLE = 64, 20, 3
+BATCH, BATCHES = 64, 20
 """Requests that are asked together, and how often at most: 1,280 draws reject a total variation of 0.1 about
-every other time, and of 0.15 nearly always. An engine whose exact laws are known is asked less."""
+every other time, and of 0.15 nearly always."""
+DRAFTED = 1
+"""Batches with speculation, where each request may be a call of its own, for an engine whose exact laws are
+known anyway."""
 TESTS = 32
 """Bets of one run at most, those of speculation against none included, which share its chance of a false
 alarm: two for each way to decode."""
@@ -75,8 +78,8 @@ def bet(case: Case, model: Any, how: str, speculation: Speculation | None, reque
     alpha = share_of(TESTS, RUN_ALPHA)
     right, fresh = Betting(law, alpha=alpha), Repetition(law, alpha=alpha)
     drafted = 0
-    enumerable = "enumerable" in model.capabilities
-    for _ in range(OF_THE_ENUMERABLE if enumerable else BATCHES):
+    known = speculation is not None and "enumerable" in model.capabilities
+    for _ in range(DRAFTED if known else BATCHES):
         for answer in generated(model, [request] * BATCH, speculation):
             drafted += answer.drafted
             # One after the other: whoever may stop at any time may not look twice.
